@@ -1,0 +1,42 @@
+"""LoKI: Low-damage Knowledge Implanting (arXiv 2505.22120): fine-tune a language model without it forgetting.
+
+Importing this package makes PEFT know the method `LOKI`, at once if PEFT is imported already, otherwise as
+soon as it is. It imports neither torch nor PEFT itself; public names load on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from loki._peft_hook import register_with_peft
+
+if TYPE_CHECKING:
+    from loki.analysis.attribution import AttributionResult, attribute
+    from loki.errors import LokiError
+    from loki.implanting.tuner import LokiConfig
+    from loki.rows import RowSelection
+
+__version__ = "0.1.0"
+__all__ = ["AttributionResult", "LokiConfig", "LokiError", "RowSelection", "attribute"]
+
+_HOMES = {
+    "AttributionResult": "loki.analysis.attribution",
+    "LokiConfig": "loki.implanting.tuner",
+    "LokiError": "loki.errors",
+    "RowSelection": "loki.rows",
+    "attribute": "loki.analysis.attribution",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'loki' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_with_peft()

@@ -1,0 +1,44 @@
+"""The settings of Knowledge Vector Attribution; the paper and its releases differ, so each is named."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import get_args
+
+from loki.choices import EngineName, Objective, Rule, SiteName
+from loki.errors import InputError
+
+
+@dataclass(frozen=True)
+class KVASettings:
+    """How attribution is computed; the defaults are those that made the paper's published positions."""
+
+    rule: Rule = "riemann_left"
+    """Quadrature rule along the path from zero to the activation."""
+    steps: int = 7
+    """Nodes of the rule (m in the paper)."""
+    objective: Objective = "probability"
+    """What is differentiated, for the token that the unmodified model predicts."""
+    multiply_by_activation: bool = True
+    """Integrated gradients have it; the paper's equation 4 leaves it out."""
+    site: SiteName = "auto"
+    """Which output is scaled; see `loki.architecture.attribution_sites`."""
+    engine: EngineName = "branch"
+    """`branch` (fast, exact) or `recompute` (the plain definition)."""
+
+    def __post_init__(self) -> None:
+        for name, value, accepted in (
+            ("rule", self.rule, get_args(Rule)),
+            ("objective", self.objective, get_args(Objective)),
+            ("site", self.site, get_args(SiteName)),
+            ("engine", self.engine, get_args(EngineName)),
+        ):
+            if value not in accepted:
+                raise InputError(f"{name} {value!r} is unknown: choose one of {', '.join(accepted)}")
+        least = 2 if self.rule == "riemann_trapezoid" else 1
+        if self.steps < least:
+            raise InputError(f"steps {self.steps} is too few for the rule {self.rule}: give {least} or more")
+
+    def as_dict(self) -> dict[str, str | int | bool]:
+        """Plain JSON form."""
+        return asdict(self)

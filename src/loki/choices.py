@@ -1,0 +1,12 @@
+"""Closed choices that settings, commands and files share; this module imports nothing heavy."""
+
+from typing import Literal
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+Rule = Literal["riemann_left", "riemann_right", "riemann_middle", "riemann_trapezoid", "gausslegendre"]
+Objective = Literal["probability", "logit", "log_probability"]
+SiteName = Literal["auto", "down_proj", "after_norm"]
+EngineName = Literal["branch", "recompute"]
+
+StrategyName = Literal["layer_balanced", "layer_highest", "global_lowest", "global_highest"]

@@ -1,0 +1,1 @@
+"""The command line: one small file for each command; nothing here but reading options and showing results."""

@@ -1,0 +1,111 @@
+"""`loki`: reads the command line and starts one command; errors become one line and exit code 2."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+
+from loki import __version__
+from loki.cli.analyse import analyse
+from loki.cli.demo import demo
+from loki.cli.evaluate import evaluate
+from loki.cli.merge import merge
+from loki.cli.report import report
+from loki.cli.run import run as run_command
+from loki.cli.select_nodes import select_nodes
+from loki.cli.train import train
+from loki.errors import LokiError
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+app = typer.Typer(
+    help="Fine-tune a language model without it forgetting: analyse, select, implant, and prove it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(demo)
+app.command("run")(run_command)
+app.command()(analyse)
+app.command()(select_nodes)
+app.command()(train)
+app.command()(merge)
+app.command()(evaluate)
+app.command()(report)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        print(f"loki-peft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' own messages.")] = False,
+) -> None:
+    """Options of every command."""
+
+
+def run() -> None:
+    """Entry point of the `loki` command."""
+    arguments = [_with_hyphens(argument) for argument in sys.argv[1:]]
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    _set_up_messages(debug=debug)
+    # Typer itself shows bad options over several lines; here every error is one.
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(args=arguments, prog_name="loki", standalone_mode=False)
+    except LokiError as error:
+        if debug:
+            raise
+        _stop(str(error), BAD_INPUT)
+    except KeyboardInterrupt:
+        _stop("interrupted; the same command goes on where it stopped", INTERRUPTED)
+    except Exception as error:
+        # Click's own exceptions; Typer carries a copy of Click, so they are known by what they offer.
+        if not hasattr(error, "format_message"):
+            raise
+        context = getattr(error, "ctx", None)
+        where = context.command_path if context is not None else "loki"
+        _stop(f"{error.format_message()} (see `{where} --help`)", BAD_INPUT)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _with_hyphens(argument: str) -> str:
+    """`--output_dir=x_y` as `--output-dir=x_y`: options may be written with underscores."""
+    return re.sub(r"^--[\w-]+", lambda option: option[0].replace("_", "-"), argument)
+
+
+def _set_up_messages(*, debug: bool) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logging.addLevelName(logging.WARNING, "warning")
+    logging.addLevelName(logging.INFO, "note")
+    logger = logging.getLogger("loki")
+    logger.handlers = [handler]
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    if not debug:
+        warnings.simplefilter("ignore")
+        for variable, value in {
+            "TRANSFORMERS_VERBOSITY": "error",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        }.items():
+            os.environ.setdefault(variable, value)
+
+
+def _stop(message: str, code: int) -> None:
+    print(f"loki: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

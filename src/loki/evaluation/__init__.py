@@ -1,0 +1,1 @@
+"""Evaluation: what was learned, and what was forgotten."""

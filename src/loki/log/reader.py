@@ -1,0 +1,123 @@
+"""Reading attribution logs: ours, and those of the public implementation (scores only)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import h5py
+import numpy as np
+
+from loki.errors import ArtefactError
+from loki.log import schema
+from loki.log.schema import LogHeader
+
+CHUNK_BYTES = 64 * 2**20
+
+
+class AttributionLog:
+    """An open log; use it as a context manager."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Open a log and check its form.
+
+        Raises:
+            ArtefactError: missing, not HDF5, truncated, without prompts, or of an unknown schema.
+        """
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ArtefactError(f"attribution log {self.path} does not exist: make it with `loki analyse`")
+        try:
+            self._file = h5py.File(self.path, "r")
+        except OSError as error:
+            raise ArtefactError(f"attribution log {self.path} is damaged or not HDF5: make it again") from error
+        try:
+            self._scores = self._checked_scores()
+            self.header = self._read_header()
+        except ArtefactError:
+            self._file.close()
+            raise
+        except (OSError, RuntimeError, KeyError) as error:  # h5py's errors for spoiled tables
+            self._file.close()
+            raise ArtefactError(f"attribution log {self.path} is damaged: make it again") from error
+        self.num_prompts, self.num_layers, self.num_rows = (int(n) for n in self._scores.shape)
+
+    def __enter__(self) -> AttributionLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """Scores in pieces of consecutive prompts (n, L, D) float32, each at most about `CHUNK_BYTES`.
+
+        Raises:
+            ArtefactError: a score is NaN or infinite, or the file cannot be read.
+        """
+        step = max(1, CHUNK_BYTES // (4 * self.num_layers * self.num_rows))
+        for start in range(0, self.num_prompts, step):
+            try:
+                scores_NLD = self._scores[start : start + step].astype(np.float32)
+            except OSError as error:
+                raise ArtefactError(
+                    f"attribution log {self.path} is damaged at prompt {start}: make it again"
+                ) from error
+            bad = ~np.isfinite(scores_NLD)
+            if bad.any():
+                n, layer, row = (int(i) for i in np.argwhere(bad)[0])
+                raise ArtefactError(
+                    f"attribution log {self.path} has {scores_NLD[n, layer, row]} at prompt {start + n}, "
+                    f"layer {layer}, row {row}: analyse again in float32 or bfloat16"
+                )
+            yield scores_NLD
+
+    def column(self, name: str) -> np.ndarray | None:
+        """A per-prompt column by its name in `schema`, or None where the log has none.
+
+        Raises:
+            ArtefactError: the file cannot be read.
+        """
+        try:
+            return self._file[name][:] if name in self._file else None
+        except (OSError, RuntimeError) as error:
+            raise ArtefactError(f"attribution log {self.path} is damaged in {name!r}: make it again") from error
+
+    def _checked_scores(self) -> h5py.Dataset:
+        scores = self._file.get(schema.SCORES)
+        if not isinstance(scores, h5py.Dataset) or scores.ndim != 3 or scores.dtype.kind != "f":
+            raise ArtefactError(
+                f"attribution log {self.path} has no floating-point {schema.SCORES!r} of shape "
+                "(prompts, layers, rows): make it with `loki analyse`"
+            )
+        if 0 in scores.shape:
+            raise ArtefactError(f"attribution log {self.path} is empty {scores.shape}: analyse at least one prompt")
+        return scores
+
+    def _read_header(self) -> LogHeader | None:
+        text = self._file.attrs.get(schema.HEADER)
+        if text is None:
+            return None
+        try:
+            values = json.loads(text)
+            found = values["schema_version"]
+        except (TypeError, ValueError, KeyError) as error:
+            raise ArtefactError(f"attribution log {self.path} has a damaged header: make it again") from error
+        if found != schema.SCHEMA_VERSION:
+            raise ArtefactError(
+                f"attribution log {self.path} has schema {found!r}, this version reads {schema.SCHEMA_VERSION}: "
+                "make it again"
+            )
+        try:
+            header = LogHeader(**values)
+        except TypeError as error:
+            raise ArtefactError(f"attribution log {self.path} has a damaged header: make it again") from error
+        if (header.num_layers, header.num_rows) != self._scores.shape[1:]:
+            raise ArtefactError(
+                f"attribution log {self.path} has scores of shape {self._scores.shape}, and a header that speaks of "
+                f"{header.num_layers} layers of {header.num_rows} rows: make it again"
+            )
+        return header

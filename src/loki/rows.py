@@ -1,0 +1,119 @@
+"""RowSelection: the rows chosen in every layer; the contract between selecting and implanting.
+
+On disk it is a JSON list of L lists of row indices, in any order (the public implementation's form).
+Where it came from goes into a sibling `<name>.meta.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loki.errors import ArtefactError
+from loki.provenance import read_json, require_writable_parent, write_json
+
+
+@dataclass(frozen=True)
+class RowSelection:
+    """Sorted, distinct row indices of each layer's output projection."""
+
+    rows: tuple[tuple[int, ...], ...]
+    """One tuple of row indices for each of the L layers, ascending; a layer may have none."""
+
+    @classmethod
+    def from_lists(cls, lists: Any, *, what: str = "positions") -> RowSelection:
+        """Validate lists of row indices, in any order, and sort them.
+
+        Raises:
+            ArtefactError: not a list of lists of distinct non-negative integers, or no row at all.
+        """
+        if not _is_list(lists) or not all(_is_list(rows) for rows in lists):
+            raise ArtefactError(f"{what} must be a list with one list of row indices for each layer")
+        for layer, rows in enumerate(lists):
+            for row in rows:
+                if isinstance(row, bool) or not isinstance(row, int) or row < 0:
+                    raise ArtefactError(f"{what}: layer {layer} has {row!r}, which is not a row index (0, 1, 2, …)")
+            if len(set(rows)) != len(rows):
+                twice = next(row for row in rows if rows.count(row) > 1)
+                raise ArtefactError(f"{what}: layer {layer} names row {twice} twice; each row may occur once")
+        if not any(lists):
+            raise ArtefactError(f"{what} name no row at all; select with a larger quota")
+        return cls(tuple(tuple(sorted(rows)) for rows in lists))
+
+    @classmethod
+    def load(cls, path: str | Path) -> RowSelection:
+        """Read a positions file.
+
+        Raises:
+            ArtefactError: missing, not JSON, or as `from_lists`.
+        """
+        path = Path(path)
+        return cls.from_lists(read_json(path, what="positions file"), what=f"positions file {path}")
+
+    def save(self, path: str | Path, *, meta: Mapping[str, Any] | None = None) -> None:
+        """Write the positions file, and `<name>.meta.json` beside it when `meta` is given.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        path = Path(path)
+        require_writable_parent(path)
+        # Provenance of rows that stood here before must never pass for that of these.
+        meta_path(path).unlink(missing_ok=True)
+        write_json(path, self.as_lists())
+        if meta is not None:
+            write_json(meta_path(path), dict(meta))
+
+    def as_lists(self) -> list[list[int]]:
+        """Plain lists, ready for JSON."""
+        return [list(rows) for rows in self.rows]
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return len(self.rows)
+
+    @property
+    def num_selected(self) -> int:
+        """Rows chosen over all layers."""
+        return sum(map(len, self.rows))
+
+    def require_fit(self, *, num_layers: int, num_rows: int, what: str = "positions") -> None:
+        """Make sure that the rows exist in a model of L layers and D rows.
+
+        Raises:
+            ArtefactError: another number of layers, or an index of D or more.
+        """
+        if self.num_layers != num_layers:
+            raise ArtefactError(
+                f"{what} have {self.num_layers} layers, the model has {num_layers}: "
+                "use the positions that were selected for this model"
+            )
+        for layer, rows in enumerate(self.rows):
+            if rows and rows[-1] >= num_rows:
+                raise ArtefactError(
+                    f"{what}: layer {layer} names row {rows[-1]}, but the model's rows are 0 to {num_rows - 1}: "
+                    "use the positions that were selected for this model"
+                )
+
+
+def meta_path(path: Path) -> Path:
+    """Where the provenance of a positions file stands."""
+    return path.with_name(path.name.removesuffix(".json") + ".meta.json")
+
+
+def load_meta(path: str | Path) -> dict[str, Any] | None:
+    """Provenance of a positions file, or None where it has none (files of the public implementation)."""
+    sibling = meta_path(Path(path))
+    if not sibling.exists():
+        return None
+    meta = read_json(sibling, what="positions provenance")
+    if not isinstance(meta, dict):
+        raise ArtefactError(f"positions provenance {sibling} must be a JSON object")
+    return meta
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)

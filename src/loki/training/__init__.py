@@ -1,0 +1,1 @@
+"""Training the selected rows on examples, with TRL's SFTTrainer."""

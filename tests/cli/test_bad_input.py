@@ -1,0 +1,253 @@
+"""Bad input: one line that names the thing, the value and the remedy; exit code 2; nothing half-written."""
+
+import json
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from tiny import NUM_LAYERS, NUM_ROWS, make_model, make_tokenizer
+
+from loki.architecture import shape_of
+from loki.log.schema import SCORES, LogHeader
+from loki.log.writer import write_header
+
+
+def write_log(path: Path, scores: np.ndarray, architecture: str) -> Path:
+    header = LogHeader({"architecture": architecture}, "tiny", "probe", {}, *scores.shape[1:])
+    with h5py.File(path, "w") as file:
+        file.create_dataset(SCORES, data=scores.astype("float32"))
+        write_header(file, header)
+    return path
+
+
+@pytest.fixture
+def scores() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(4, NUM_LAYERS, NUM_ROWS))
+
+
+@pytest.fixture
+def log(tmp_path, scores) -> Path:
+    return write_log(tmp_path / "kva.h5", scores, str(shape_of(make_model())))
+
+
+@pytest.fixture
+def refused(loki, tmp_path):
+    """Run a command that must be refused, and compare the whole folder before and after."""
+
+    def call(*arguments) -> str:
+        before = snapshot(tmp_path)
+        done = loki(*arguments)
+        assert done.code == 2, done
+        assert done.out == ""
+        assert done.err.startswith("loki: ")
+        assert done.err.count("\n") == 1, done.err
+        assert snapshot(tmp_path) == before
+        return done.err
+
+    return call
+
+
+def snapshot(directory: Path) -> dict[str, bytes | None]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None for path in directory.rglob("*")
+    }
+
+
+def write_positions(path: Path, positions: object) -> Path:
+    path.write_text(json.dumps(positions))
+    return path
+
+
+def train_options(model_dir, positions, output):
+    return (
+        *("train", "--model", model_dir, "--positions", positions, "--output-dir", output),
+        *("--learning-rate", 0.01, "--steps", 1, "--examples", 2),
+    )
+
+
+def write_config(path: Path, model_dir, **changes) -> Path:
+    values = {
+        "model": str(model_dir),
+        "output_dir": str(path.parent / "run"),
+        "train": {"learning_rate": 1, "steps": 1},
+    }
+    path.write_text(json.dumps({**values, **changes}))  # JSON is YAML
+    return path
+
+
+def test_unknown_model_folder(refused, tmp_path):
+    error = refused("analyse", tmp_path / "no-model", "--output", tmp_path / "out.h5")
+    assert "no-model' does not exist: name a Hugging Face model folder" in error
+
+
+def test_folder_that_is_no_model(refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "has no config.json" in refused("analyse", tmp_path / "empty", "--output", tmp_path / "out.h5")
+
+
+def test_unknown_hub_id(refused, tmp_path):
+    error = refused("analyse", "nobody/no-such-model", "--output", tmp_path / "out.h5")
+    assert "model 'nobody/no-such-model' cannot be loaded" in error
+
+
+def test_unknown_architecture(refused, tmp_path):
+    from transformers import BloomConfig, BloomForCausalLM
+
+    BloomForCausalLM(BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=260)).save_pretrained(tmp_path / "m")
+    make_tokenizer().save_pretrained(tmp_path / "m")
+    error = refused("analyse", tmp_path / "m", "--output", tmp_path / "out.h5")
+    assert "unknown architecture 'bloom': known are llama, mistral" in error
+    assert "loki/architecture.py" in error
+
+
+@pytest.mark.parametrize("quota", ["0", "-5", "100.1", "ten", "nan", "inf"])
+def test_quota_outside_its_range(refused, log, tmp_path, quota):
+    error = refused("select-nodes", "--hdf5-path", log, f"--quota={quota}", "--output-dir", tmp_path)
+    assert f"quota {quota}" in error.replace("'", "")
+    assert "above 0 and up to 100" in error
+
+
+def test_quota_that_gives_no_row(refused, log, tmp_path):
+    error = refused("select-nodes", "--hdf5-path", log, "--quota", "4.99", "--output-dir", tmp_path)
+    assert "quota 4.99 gives no row out of 20: give at least 5" in error
+
+
+@pytest.mark.parametrize(
+    ("positions", "message"),
+    [
+        ([[1], [2]], "have 2 layers, the model has 3"),
+        ([[1], [2], [3, 3]], "layer 2 names row 3 twice"),
+        ([[1], [2], [20]], "layer 2 names row 20, but the model's rows are 0 to 19"),
+        ([[1], [2], [-1]], "layer 2 has -1, which is not a row index"),
+        ([[1], [2], ["3"]], "layer 2 has '3', which is not a row index"),
+        ([[], [], []], "name no row at all"),
+        ({"a": 1}, "must be a list with one list of row indices for each layer"),
+    ],
+)
+def test_positions_that_do_not_fit(refused, model_dir, tmp_path, positions, message):
+    path = write_positions(tmp_path / "p.json", positions)
+    assert message in refused(*train_options(model_dir, path, tmp_path / "adapter"))
+
+
+def test_positions_that_are_no_json(refused, model_dir, tmp_path):
+    (tmp_path / "p.json").write_text("[[1], [2")
+    assert "p.json is not JSON" in refused(*train_options(model_dir, tmp_path / "p.json", tmp_path / "adapter"))
+
+
+def test_positions_of_another_architecture(refused, model_dir, tmp_path):
+    path = write_positions(tmp_path / "p.json", [[1], [2], [3]])
+    meta = {"log": {"model": {"architecture": "qwen2-3x20x24", "weights": "0", "dtype": "float32"}}}
+    write_positions(tmp_path / "p.meta.json", meta)
+    error = refused(*train_options(model_dir, path, tmp_path / "adapter"))
+    assert "was made with a qwen2-3x20x24 model, not with this llama-3x20x24 one" in error
+
+
+def test_positions_of_other_weights_are_an_error_with_strict(refused, loki, model_dir, tmp_path):
+    path = write_positions(tmp_path / "p.json", [[1], [2], [3]])
+    meta = {"log": {"model": {"architecture": "llama-3x20x24", "weights": "0", "dtype": "bfloat16"}}}
+    write_positions(tmp_path / "p.meta.json", meta)
+    error = refused(*train_options(model_dir, path, tmp_path / "adapter"), "--strict")
+    assert "other weights of the same architecture" in error
+    assert "dtype bfloat16 there, float32 here" in error
+    done = loki(*train_options(model_dir, path, tmp_path / "adapter"))
+    assert done.code == 0
+    assert "warning: positions file" in done.err
+
+
+def test_log_of_another_model(refused, model_dir, scores, tmp_path):
+    other = write_log(tmp_path / "other.h5", scores, "qwen2-3x20x24")
+    error = refused("select-nodes", "--hdf5-path", other, "--model", model_dir, "--output-dir", tmp_path)
+    assert "is of a qwen2-3x20x24 with 3 layers of 20 rows, not of this llama-3x20x24 model" in error
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_log_with_values_that_are_not_finite(refused, scores, tmp_path, value):
+    scores[2, 1, 7] = value
+    bad = write_log(tmp_path / "bad.h5", scores, "llama-3x20x24")
+    error = refused("select-nodes", "--hdf5-path", bad, "--output-dir", tmp_path)
+    assert f"has {value} at prompt 2, layer 1, row 7: analyse again" in error
+
+
+def test_log_that_is_cut_off(refused, log, tmp_path):
+    log.write_bytes(log.read_bytes()[:-2000])
+    assert "damaged or not HDF5" in refused("select-nodes", "--hdf5-path", log, "--output-dir", tmp_path)
+
+
+def test_run_directory_of_other_settings(refused, model_dir, tmp_path):
+    config = write_config(tmp_path / "c.json", model_dir, seed=1)
+    (tmp_path / "run").mkdir()
+    from loki.pipeline import run_record
+    from loki.run_settings import load_settings
+
+    record = run_record(load_settings(write_config(tmp_path / "d.json", model_dir)))
+    (tmp_path / "run/run.json").write_text(json.dumps(record))
+    error = refused("run", config)
+    assert "was made with other settings (seed 0 there, 1 here)" in error
+    assert "--force" in error
+
+
+def test_run_directory_that_is_none_is_refused_even_with_force(refused, model_dir, tmp_path):
+    config = write_config(tmp_path / "c.json", model_dir)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/precious.txt").write_text("mine")
+    assert "is not empty and not a run directory" in refused("run", config, "--force")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": {"steps": 1}}, "train.learning_rate: field required"),
+        ({"colour": "red"}, "colour: extra inputs are not permitted, got 'red'"),
+        ({"analyse": {"rule": "simpson"}}, "analyse.rule: input should be 'riemann_left'"),
+        ({"select": {"quota": 200}}, "quota 200 is outside (0, 100]"),
+        ({"analyse": {"steps": 0}}, "steps 0 is too few"),
+        ({"train": {"learning_rate": -1, "steps": 1}}, "learning rate -1.0 is not possible"),
+    ],
+)
+def test_settings_that_are_wrong(refused, model_dir, tmp_path, changes, message):
+    assert message in refused("run", write_config(tmp_path / "c.json", model_dir, **changes))
+
+
+def test_settings_file_that_is_missing_or_no_yaml(refused, tmp_path):
+    assert "cannot be read: No such file" in refused("run", tmp_path / "no.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    assert "is not YAML" in refused("run", tmp_path / "bad.yaml")
+
+
+def unwritable_commands(place: Path, model_dir: Path, tmp_path: Path, log: Path):
+    positions = write_positions(tmp_path / "p.json", [[1], [2], [3]])
+    return [
+        ("analyse", model_dir, "--output", place / "kva.h5"),
+        ("select-nodes", "--hdf5-path", log, "--output-dir", place),
+        train_options(model_dir, positions, place / "adapter"),
+        ("merge", "--model", model_dir, "--adapter", tmp_path, "--output-dir", place / "merged"),
+        ("evaluate", model_dir, "--base", model_dir, "--output", place / "result.json"),
+        ("run", write_config(tmp_path / "c.json", model_dir), "--output-dir", place / "run"),
+    ]
+
+
+@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("kind", ["below a file", "read-only file system"])
+def test_output_folder_that_cannot_be_written(refused, model_dir, tmp_path, log, index, kind):
+    (tmp_path / "file").touch()
+    place = tmp_path / "file" if kind == "below a file" else Path("/proc/loki")
+    error = refused(*unwritable_commands(place, model_dir, tmp_path, log)[index])
+    assert f"cannot write {place}" in error or f"output folder {place}" in error
+    assert "choose another" in error
+
+
+def test_evaluating_needs_something_to_compare_with(refused, model_dir):
+    assert "either --base MODEL (before training) or --adapter DIR" in refused("evaluate", model_dir)
+
+
+def test_report_of_no_run(refused, tmp_path):
+    assert "has no summary.json: name the directory of a finished `loki run`" in refused("report", tmp_path)
+
+
+def test_impossible_numbers(refused, model_dir, tmp_path):
+    positions = write_positions(tmp_path / "p.json", [[1], [2], [3]])
+    options = train_options(model_dir, positions, tmp_path / "adapter")
+    assert "batch size 0 is not possible" in refused(*options, "--batch-size", 0)
+    assert "steps 0 is too few for the rule riemann_left" in refused("analyse", model_dir, "--steps", 0)
+    assert "device 'quantum' is unknown" in refused("analyse", model_dir, "--device", "quantum")

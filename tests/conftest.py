@@ -1,0 +1,41 @@
+"""Fixtures of all tests. Nothing may reach for the network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make_model, make_tokenizer
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+# The models are so small that sharing their work costs more than it saves.
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    return make_model()
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with its tokenizer, as a Hugging Face folder."""
+    directory = tmp_path_factory.mktemp("models") / "tiny-llama"
+    make_model().save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def positions() -> list[list[int]]:
+    return [[7, 1], [0, 19, 3], [5]]

@@ -1,0 +1,159 @@
+import json
+import logging
+
+import h5py
+import numpy as np
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from loki.architecture import shape_of
+from loki.errors import ArtefactError, InputError, OutputError
+from loki.log.schema import LogHeader
+from loki.log.writer import write_header
+from loki.provenance import fingerprint_model
+from loki.rows import RowSelection, load_meta
+from loki.selection.run import check_model, default_positions_name, select_to_file
+
+SCORES_NLD = np.random.default_rng(0).normal(size=(3, 2, 8))
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = LlamaConfig(
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def log_path(write_log, model):
+    """A log of ours: it says which model made it."""
+    path = write_log(SCORES_NLD)
+    header = LogHeader(
+        model=fingerprint_model(model).as_dict(),
+        model_name="tiny",
+        prompts="probe",
+        settings={"steps": 7},
+        num_layers=2,
+        num_rows=8,
+    )
+    with h5py.File(path, "a") as file:
+        write_header(file, header)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("strategy", "quota", "name"),
+    [
+        ("layer_balanced", "10", "10.json"),
+        ("layer_balanced", 0.50, "0.5.json"),
+        ("layer_balanced", "12.50", "12.5.json"),
+        ("global_lowest", 30, "global_lowest_30.json"),
+        ("layer_highest", "1.0", "layer_highest_1.json"),
+    ],
+)
+def test_default_names(strategy, quota, name):
+    assert default_positions_name(strategy, quota) == name
+
+
+def test_no_name_for_what_is_no_quota():
+    with pytest.raises(InputError, match="quota 'most' is not a number"):
+        default_positions_name("layer_balanced", "most")
+
+
+def test_the_positions_file_is_the_selection(log_path, tmp_path):
+    output = tmp_path / "pos_json" / "tiny" / "25.json"
+    selection = select_to_file(log_path, output, quota="25")
+    lists = json.loads(output.read_text())
+    assert lists == selection.rows.as_lists()
+    assert [len(rows) for rows in lists] == [2, 2]
+    assert all(rows == sorted(rows) for rows in lists)
+    assert RowSelection.load(output) == selection.rows
+
+
+def test_meta_says_where_the_positions_come_from(log_path, tmp_path, model):
+    select_to_file(log_path, tmp_path / "gh.json", quota="37.50", strategy="global_highest")
+    meta = json.loads((tmp_path / "gh.meta.json").read_text())
+    header = meta.pop("log")
+    assert meta == {
+        "strategy": "global_highest",
+        "quota_percent": "37.5",
+        "votes_per_prompt": 6,
+        "num_prompts": 3,
+        "num_abstentions": 0,
+    }
+    assert header["model"] == fingerprint_model(model).as_dict()
+    assert header["settings"] == {"steps": 7}
+
+
+def test_abstentions_reach_the_meta(write_log, tmp_path):
+    scores_NLD = SCORES_NLD.copy()
+    scores_NLD[1, 0] = 4.0
+    select_to_file(write_log(scores_NLD), tmp_path / "25.json", quota=25)
+    assert load_meta(tmp_path / "25.json")["num_abstentions"] == 1
+
+
+def test_a_log_of_the_public_implementation_has_no_header(write_log, tmp_path):
+    select_to_file(write_log(SCORES_NLD), tmp_path / "25.json", quota=25)
+    assert load_meta(tmp_path / "25.json")["log"] is None
+
+
+def test_the_meta_has_the_quota_that_was_asked_for(write_log, tmp_path):
+    select_to_file(write_log(SCORES_NLD), tmp_path / "rows.json", quota="24.999999", strategy="global_lowest")
+    meta = load_meta(tmp_path / "rows.json")
+    assert meta["votes_per_prompt"] == 3
+    assert meta["quota_percent"] == "24.999999"
+
+
+def test_a_bad_quota_writes_nothing(log_path, tmp_path):
+    with pytest.raises(InputError, match="outside"):
+        select_to_file(log_path, tmp_path / "out" / "x.json", quota=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(log_path, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot write"):
+        select_to_file(log_path, tmp_path / "file" / "10.json", quota=25)
+
+
+def test_a_log_of_this_shape_is_accepted(log_path, write_log, tmp_path, model):
+    shape = shape_of(model)
+    with_header = select_to_file(log_path, tmp_path / "a.json", quota=25, shape=shape)
+    without = select_to_file(write_log(SCORES_NLD, "public.h5"), tmp_path / "b.json", quota=25, shape=shape)
+    assert with_header.rows == without.rows
+
+
+@pytest.mark.parametrize("dimensions", [(3, 3, 8), (3, 2, 9)], ids=["layers", "rows"])
+def test_a_log_of_another_shape_is_refused(write_log, tmp_path, model, dimensions):
+    path = write_log(np.random.default_rng(0).normal(size=dimensions))
+    with pytest.raises(ArtefactError, match=r"not of this llama-2x8x12 model: analyse this model"):
+        select_to_file(path, tmp_path / "10.json", quota=25, shape=shape_of(model))
+    assert not (tmp_path / "10.json").exists()
+
+
+def test_positions_of_this_model_pass_without_a_word(log_path, tmp_path, model, caplog):
+    select_to_file(log_path, tmp_path / "25.json", quota=25)
+    with caplog.at_level(logging.WARNING):
+        check_model(tmp_path / "25.json", model, strict=True)
+    assert caplog.records == []
+
+
+def test_positions_of_other_weights_are_a_warning_and_an_error_when_strict(log_path, tmp_path, model, caplog):
+    select_to_file(log_path, tmp_path / "25.json", quota=25)
+    other = LlamaForCausalLM(model.config).eval()
+    with caplog.at_level(logging.WARNING):
+        check_model(tmp_path / "25.json", other, strict=False)
+    assert "made with other weights of the same architecture" in caplog.text
+    with pytest.raises(ArtefactError, match=r"25\.json was made with other weights .*leave out --strict"):
+        check_model(tmp_path / "25.json", other, strict=True)
+
+
+def test_positions_without_provenance_are_not_checked(tmp_path, model):
+    RowSelection.from_lists([[0], [1]]).save(tmp_path / "rows.json")
+    check_model(tmp_path / "rows.json", model, strict=True)

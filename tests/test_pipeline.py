@@ -1,0 +1,166 @@
+"""All stages in one run directory: what is left, reused, resumed and refused."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from loki import pipeline, stages
+from loki.errors import ArtefactError
+from loki.pipeline import run_pipeline
+from loki.results import Result
+from loki.run_settings import RunSettings
+
+STAGE_NAMES = ["analyse", "select", "train", "merge", "evaluate"]
+
+
+@pytest.fixture
+def few_prompts(monkeypatch):
+    """Six of the probe's prompts and questions are enough for a tiny model."""
+    prompts, questions = stages.probe_prompts()[:6], stages.load_probe("evaluation")[:6]
+    monkeypatch.setattr(stages, "probe_prompts", lambda: prompts)
+    monkeypatch.setattr(stages, "load_probe", lambda _split: questions)
+
+
+@pytest.fixture
+def settings(tmp_path, model_dir, few_prompts) -> RunSettings:
+    return make_settings(model_dir, tmp_path / "run")
+
+
+def make_settings(model_dir, directory, **changes) -> RunSettings:
+    return RunSettings.model_validate(
+        {
+            "model": str(model_dir),
+            "output_dir": directory,
+            "analyse": {"steps": 3, "batch_size": 2},
+            "select": {"quota": 10},
+            "train": {"examples": 8, "learning_rate": 0.01, "steps": 3, "batch_size": 2, "log_every": 1},
+            "evaluate": {"task": "function-calls", "requests": 5},
+            **changes,
+        }
+    )
+
+
+def run_and_follow(settings, **options) -> tuple[Result, dict[str, bool]]:
+    finished: dict[str, bool] = {}
+    return run_pipeline(settings, announce=finished.__setitem__, **options), finished
+
+
+def test_a_run_leaves_everything_in_its_directory(settings, model_dir):
+    summary, finished = run_and_follow(settings)
+    directory = settings.output_dir
+    assert finished == dict.fromkeys(STAGE_NAMES, False)
+    assert sorted(path.name for path in directory.iterdir()) == sorted(
+        [
+            *(f"{stage}.json" for stage in STAGE_NAMES),
+            *("kva.h5", "10.json", "10.meta.json", "adapter", "merged"),
+            *("run.json", "summary.json", "report.html"),
+        ]
+    )
+    assert Result.load(directory / "summary.json") == summary
+    assert summary.figures["select"]["num_selected_rows"] == 6  # ⌊10 % of 20⌋ in 3 layers
+    assert summary.figures["train"]["num_trainable_weights"] == 6 * 24
+    assert summary.figures["evaluate"]["num_weights_changed"] == summary.figures["merge"]["num_changed_weights"]
+
+    rows = json.loads((directory / "10.json").read_text())
+    before, after = load_file(model_dir / "model.safetensors"), load_file(directory / "merged/model.safetensors")
+    for name, tensor in before.items():
+        differs = (tensor != after[name]).reshape(len(tensor), -1).any(dim=1).nonzero().flatten().tolist()
+        layer = int(name.split(".")[2]) if "down_proj" in name else None
+        assert differs == ([] if layer is None else rows[layer])
+    with torch.no_grad():
+        AutoModelForCausalLM.from_pretrained(directory / "merged")(torch.tensor([[5, 6]]))
+
+
+def test_every_shown_number_is_in_the_summary(settings):
+    summary, _ = run_and_follow(settings)
+    saved = json.loads((settings.output_dir / "summary.json").read_text())
+    names = [row["name"] for row in saved["comparisons"]]
+    assert names == [row.name for row in summary.comparisons]
+    assert {"Knowledge: accuracy", "Knowledge: KL divergence to the base", "Weights changed"} <= set(names)
+    report = (settings.output_dir / "report.html").read_text()
+    assert all(row.name in report for row in summary.comparisons)
+
+
+def test_a_second_run_reuses_every_stage(settings, monkeypatch):
+    first, _ = run_and_follow(settings)
+    monkeypatch.setattr(stages.Run, "load_model", lambda *_: pytest.fail("a finished stage ran again"))
+    again, finished = run_and_follow(settings)
+    assert finished == dict.fromkeys(STAGE_NAMES, True)
+    assert again == first
+
+
+def test_force_runs_every_stage_again_and_finds_the_same(settings):
+    first, _ = run_and_follow(settings)
+    again, finished = run_and_follow(settings, force=True)
+    assert finished == dict.fromkeys(STAGE_NAMES, False)
+    assert again.comparisons == first.comparisons
+
+
+def test_a_lost_file_makes_its_stage_and_those_behind_it_run_again(settings):
+    run_and_follow(settings)
+    (settings.output_dir / "10.json").unlink()
+    _, finished = run_and_follow(settings)
+    assert finished == {"analyse": True, "select": False, "train": False, "merge": False, "evaluate": False}
+
+
+@pytest.mark.parametrize("stage", STAGE_NAMES)
+def test_an_interrupted_run_goes_on_and_ends_equal(tmp_path, model_dir, few_prompts, stage, monkeypatch):
+    whole, _ = run_and_follow(make_settings(model_dir, tmp_path / "whole"))
+
+    def interrupt(run):
+        raise KeyboardInterrupt
+
+    broken = tuple(
+        stages.Stage(s.name, interrupt, s.outputs, s.unfinished) if s.name == stage else s for s in stages.STAGES
+    )
+    settings = make_settings(model_dir, tmp_path / "parts")
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "STAGES", broken)
+        with pytest.raises(KeyboardInterrupt):
+            run_pipeline(settings)
+    assert not (tmp_path / "parts/summary.json").exists()
+    parts, finished = run_and_follow(settings)
+    assert [name for name, done in finished.items() if done] == STAGE_NAMES[: STAGE_NAMES.index(stage)]
+    assert parts.comparisons == whole.comparisons
+
+
+def test_other_settings_or_another_model_are_refused_but_not_with_force(settings, model_dir, tmp_path):
+    run_and_follow(settings)
+    changed = make_settings(model_dir, settings.output_dir, select={"quota": 20})
+    with pytest.raises(ArtefactError, match=r"other settings \(select.quota 10 there, 20 here\)"):
+        run_pipeline(changed)
+    summary, _ = run_and_follow(changed, force=True)
+    assert summary.figures["select"]["num_selected_rows"] == 12
+    assert not (settings.output_dir / "10.json").exists()
+
+
+def test_a_changed_model_folder_is_noticed(settings, model_dir):
+    import os
+
+    run_and_follow(settings)
+    weights = model_dir / "model.safetensors"
+    stat = weights.stat()
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    try:
+        with pytest.raises(ArtefactError, match=r"model_files .* there"):
+            run_pipeline(settings)
+    finally:
+        os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_own_examples_are_measured_by_the_loss_of_their_completions(tmp_path, model_dir, few_prompts):
+    rows = [json.dumps({"prompt": f"say {word}", "completion": word}) for word in ("one", "two", "three")]
+    (tmp_path / "own.jsonl").write_text("\n".join(rows))
+    own = str(tmp_path / "own.jsonl")
+    settings = make_settings(
+        model_dir,
+        tmp_path / "run",
+        train={"data": own, "learning_rate": 0.03, "steps": 6, "batch_size": 3},
+        evaluate={"completions": own},
+    )
+    summary, _ = run_and_follow(settings)
+    (loss,) = [row for row in summary.comparisons if row.name == "Task: loss of completions"]
+    assert loss.after.value < loss.before.value

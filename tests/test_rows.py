@@ -1,0 +1,117 @@
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loki.errors import ArtefactError
+from loki.rows import RowSelection, load_meta, meta_path
+
+row_lists = st.lists(st.lists(st.integers(0, 999), unique=True, max_size=8), min_size=1, max_size=5).filter(any)
+
+
+@settings(deadline=None)
+@given(row_lists)
+def test_rows_are_sorted_and_otherwise_kept(lists):
+    selection = RowSelection.from_lists(lists)
+    assert selection.as_lists() == [sorted(rows) for rows in lists]
+    assert selection.num_layers == len(lists)
+    assert selection.num_selected == sum(len(rows) for rows in lists)
+
+
+def test_order_of_the_published_files_does_not_matter():
+    assert RowSelection.from_lists([[5, 0, 3], []]) == RowSelection.from_lists([[0, 3, 5], []])
+
+
+@pytest.mark.parametrize("lists", [{"0": [1]}, "12", 3, None, [[1], 2], [[1], "2"], [1, 2], [[1], {"2": 3}]])
+def test_anything_but_a_list_of_lists_is_refused(lists):
+    with pytest.raises(ArtefactError, match=r"positions must be a list with one list of row indices for each layer"):
+        RowSelection.from_lists(lists)
+
+
+@pytest.mark.parametrize("row", [-1, 1.0, "1", True, None, [1]])
+def test_anything_but_a_row_index_is_refused_with_its_layer(row):
+    with pytest.raises(ArtefactError, match=r"layer 1 has .*which is not a row index") as caught:
+        RowSelection.from_lists([[0], [2, row]])
+    assert repr(row) in str(caught.value)
+
+
+def test_a_row_named_twice_is_refused_by_name():
+    with pytest.raises(ArtefactError, match=r"my file: layer 1 names row 7 twice"):
+        RowSelection.from_lists([[7], [4, 7, 9, 7]], what="my file")
+
+
+@pytest.mark.parametrize("lists", [[], [[]], [[], []]])
+def test_no_row_at_all_is_refused(lists):
+    with pytest.raises(ArtefactError, match="name no row at all; select with a larger quota"):
+        RowSelection.from_lists(lists)
+
+
+def test_a_saved_selection_is_read_back(tmp_path):
+    selection = RowSelection.from_lists([[4, 1], [], [0]])
+    selection.save(tmp_path / "new" / "10.json")
+    assert json.loads((tmp_path / "new" / "10.json").read_text()) == [[1, 4], [], [0]]
+    assert RowSelection.load(tmp_path / "new" / "10.json") == selection
+
+
+def test_provenance_stands_beside_the_positions(tmp_path):
+    path = tmp_path / "10.json"
+    RowSelection.from_lists([[0]]).save(path, meta={"quota_percent": "10"})
+    assert meta_path(path) == tmp_path / "10.meta.json"
+    assert json.loads((tmp_path / "10.meta.json").read_text()) == {"quota_percent": "10"}
+    assert load_meta(path) == {"quota_percent": "10"}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("10.json", "10.meta.json"), ("0.5.json", "0.5.meta.json"), ("rows", "rows.meta.json")]
+)
+def test_name_of_the_provenance_file(tmp_path, name, expected):
+    assert meta_path(tmp_path / name) == tmp_path / expected
+
+
+def test_positions_without_provenance_have_none(tmp_path):
+    path = tmp_path / "10.json"
+    RowSelection.from_lists([[0]]).save(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["10.json"]
+    assert load_meta(path) is None
+
+
+def test_saving_over_positions_leaves_no_provenance_of_the_old_ones(tmp_path):
+    path = tmp_path / "10.json"
+    RowSelection.from_lists([[0]]).save(path, meta={"strategy": "layer_balanced"})
+    RowSelection.from_lists([[1]]).save(path)
+    assert load_meta(path) is None
+
+
+def test_provenance_must_be_an_object(tmp_path):
+    (tmp_path / "10.meta.json").write_text("[1]")
+    with pytest.raises(ArtefactError, match=r"10\.meta\.json must be a JSON object"):
+        load_meta(tmp_path / "10.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("[[0], [1", "is not JSON"), ("[[0, 0]]", r"bad\.json: layer 0 names row 0 twice")]
+)
+def test_a_damaged_positions_file_is_refused_with_its_path(tmp_path, text, words):
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(ArtefactError, match=words):
+        RowSelection.load(tmp_path / "bad.json")
+
+
+def test_a_missing_positions_file_is_refused(tmp_path):
+    with pytest.raises(ArtefactError, match=r"positions file .*10\.json does not exist"):
+        RowSelection.load(tmp_path / "10.json")
+
+
+def test_rows_that_exist_fit():
+    RowSelection.from_lists([[0, 7], []]).require_fit(num_layers=2, num_rows=8)
+
+
+def test_another_number_of_layers_does_not_fit():
+    with pytest.raises(ArtefactError, match=r"have 2 layers, the model has 3: use the positions .* for this model"):
+        RowSelection.from_lists([[0], [1]]).require_fit(num_layers=3, num_rows=8)
+
+
+def test_the_first_row_beyond_the_model_does_not_fit():
+    with pytest.raises(ArtefactError, match=r"layer 1 names row 8, but the model's rows are 0 to 7"):
+        RowSelection.from_lists([[7], [8, 0]]).require_fit(num_layers=2, num_rows=8)
