@@ -26,9 +26,7 @@ NUM_OFFERED = 2
 SHARE_NONE = 0.1
 SHARE_UNSEEN = 0.2
 MAX_ATTEMPTS = 200
-INSTRUCTION = (
-    "You can call functions. Reply with the call only, such as [name(argument=value)], or with [] if no function fits."
-)
+INSTRUCTION = "Reply with a function call such as [name(argument=value)], or with [] if no function fits."
 
 
 @dataclass(frozen=True)

@@ -51,9 +51,10 @@ def train(
     """
     from datasets import Dataset
     from transformers.trainer_callback import PrinterCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
 
     from loki.training.callbacks import ShowProgress
+    from loki.training.trainer import CompletionTrainer
 
     shape = shape_of(model)
     selection.require_fit(num_layers=shape.num_layers, num_rows=shape.num_rows)
@@ -65,7 +66,7 @@ def train(
         "settings": asdict(settings),
     }
     unfinished = _open_unfinished(output, identity)
-    trainer = SFTTrainer(
+    trainer = CompletionTrainer(
         model=model,
         args=SFTConfig(
             output_dir=str(unfinished),

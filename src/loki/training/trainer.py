@@ -1,0 +1,50 @@
+"""SFTTrainer that scores completions only, on the CPU too.
+
+TRL projects only the labelled positions to the vocabulary where it has Triton, and every position elsewhere. On a
+CPU the prompt's positions are then two fifths of a training step of a small model, for nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F  # noqa: N812
+from trl import SFTTrainer
+
+IGNORED = -100
+
+
+class CompletionTrainer(SFTTrainer):
+    """As SFTTrainer; on a CPU, logits are computed from the batch's first labelled position on."""
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Sum of the labelled tokens' losses over `num_items_in_batch` (or their number), as in TRL."""
+        labels_NT = inputs["labels"]
+        labelled = (labels_NT != IGNORED).any(dim=0).nonzero()
+        if return_outputs or labels_NT.device.type != "cpu" or len(labelled) == 0:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # The token at the first labelled position is predicted one position before it.
+        first = int(labelled[0])
+        logits_NTV = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            logits_to_keep=labels_NT.shape[1] - first + 1,
+            use_cache=False,
+        ).logits[:, :-1]
+        targets_NT = labels_NT[:, first:]
+        loss = F.cross_entropy(
+            logits_NTV.float().flatten(0, 1), targets_NT.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        if num_items_in_batch is None:
+            return loss / (targets_NT != IGNORED).sum()
+        if self.args.average_tokens_across_devices:
+            # Items are counted over all processes, and gradients averaged over them.
+            loss = loss * self.accelerator.num_processes
+        return loss / num_items_in_batch
