@@ -79,7 +79,7 @@ def test_every_shown_number_is_in_the_summary(settings):
     saved = json.loads((settings.output_dir / "summary.json").read_text())
     names = [row["name"] for row in saved["comparisons"]]
     assert names == [row.name for row in summary.comparisons]
-    assert {"Knowledge: accuracy", "Knowledge: KL divergence to the base", "Weights changed"} <= set(names)
+    assert {"Knowledge, accuracy", "KL divergence to the base", "Weights changed"} <= set(names)
     report = (settings.output_dir / "report.html").read_text()
     assert all(row.name in report for row in summary.comparisons)
 
@@ -162,5 +162,5 @@ def test_own_examples_are_measured_by_the_loss_of_their_completions(tmp_path, mo
         evaluate={"completions": own},
     )
     summary, _ = run_and_follow(settings)
-    (loss,) = [row for row in summary.comparisons if row.name == "Task: loss of completions"]
+    (loss,) = [row for row in summary.comparisons if row.name == "Task, loss of completions"]
     assert loss.after.value < loss.before.value

@@ -10,8 +10,8 @@ import pytest
 from matplotlib.image import imread
 
 from loki.errors import ArtefactError, InputError
+from loki.reporting.drawing import MAX_BINS
 from loki.reporting.figures import (
-    MAX_BINS,
     bin_rows,
     density_heatmap,
     format_number,

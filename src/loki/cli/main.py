@@ -102,6 +102,7 @@ def _set_up_messages(*, debug: bool) -> None:
             "TRANSFORMERS_VERBOSITY": "error",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+            "TQDM_DISABLE": "1",
         }.items():
             os.environ.setdefault(variable, value)
 

@@ -17,15 +17,20 @@ from loki.evaluation.statistics import mean, paired_change, share
 from loki.progress import Track, silent
 from loki.prompts.function_calls import CallExample, Kind
 from loki.prompts.questions import Question
-from loki.results import Comparison, Measure
+from loki.results import Comparison, Measure, Unit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+KIND_NOTES: Mapping[Kind, str] = {
+    "seen": "functions of the training data, in phrasings and with values that it lacks",
+    "unseen": "functions that the training data lacks",
+    "none": "requests that fit none of the functions on offer: the right reply is []",
+}
 KIND_NAMES: Mapping[Kind, str] = {
-    "seen": "Task: functions seen in training",
-    "unseen": "Task: functions unseen in training",
-    "none": "Task: requests that fit no function",
+    "seen": "Task, functions seen",
+    "unseen": "Task, functions unseen",
+    "none": "Task, no function fits",
 }
 
 
@@ -60,7 +65,15 @@ def compare_models(
         figures["num_task_requests"] = len(requests)
     if completions:
         losses = [completion_losses(model, tokenizer, completions, track=track) for model in (before, after)]
-        rows.append(_paired_row("Task: loss of completions", *losses, unit="nats per token", higher_is_better=False))
+        rows.append(
+            _paired_row(
+                "Task, loss of completions",
+                *losses,
+                unit="nats per token",
+                higher_is_better=False,
+                note="mean over each completion's tokens",
+            )
+        )
         figures["num_completions"] = len(completions)
     if questions:
         rows += _knowledge_rows(before, after, tokenizer, questions, track, figures)
@@ -95,7 +108,7 @@ def _task_rows(before: Sequence[Reply], after: Sequence[Reply]) -> list[Comparis
     for kind, name in KIND_NAMES.items():
         right = [[reply.right for reply in replies if reply.example.kind == kind] for replies in (before, after)]
         if right[0]:
-            rows.append(_share_row(name, *right))
+            rows.append(_share_row(name, *right, note=KIND_NOTES[kind]))
     return rows
 
 
@@ -110,24 +123,27 @@ def _knowledge_rows(
     scores_before, _ = score_questions(before, tokenizer, questions, track=track)
     scores_after, divergences = score_questions(after, tokenizer, questions, reference=before, track=track)
     accuracy = _share_row(
-        "Knowledge: accuracy",
+        "Knowledge, accuracy",
         [score.right for score in scores_before],
         [score.right for score in scores_after],
+        note="the right option's text is the likeliest per byte",
     )
     rows = [
         accuracy,
         _paired_row(
-            "Knowledge: log-probability of the right option",
+            "Knowledge, log-probability",
             [score.log_probability for score in scores_before],
             [score.log_probability for score in scores_after],
             unit="nats",
+            note="of the right option's text",
         ),
         Comparison(
-            "Knowledge: KL divergence to the base",
+            "KL divergence to the base",
             before=None,
             after=mean(divergences, "nats per token"),
             change=None,
             higher_is_better=False,
+            note="mean over the tokens of the questions with their right answers",
         ),
     ]
     figures["num_questions"] = len(questions)
@@ -142,7 +158,7 @@ def _knowledge_rows(
                 after=Measure(lost.score, unit="%"),
                 change=None,
                 higher_is_better=False,
-                note="share of the accuracy that was lost; negative is a gain",
+                note="share of the knowledge accuracy that was lost; negative is a gain",
             )
         )
         figures["forgetting_score_percent"] = lost.score
@@ -150,13 +166,19 @@ def _knowledge_rows(
     return rows
 
 
-def _share_row(name: str, before: Sequence[bool], after: Sequence[bool]) -> Comparison:
+def _share_row(name: str, before: Sequence[bool], after: Sequence[bool], *, note: str) -> Comparison:
     change = paired_change([100.0 * right for right in before], [100.0 * right for right in after], "points")
-    return Comparison(name, share(before), share(after), change, note=f"{len(before)} items")
+    return Comparison(name, share(before), share(after), change, note=f"{len(before)} items: {note}")
 
 
 def _paired_row(
-    name: str, before: Sequence[float], after: Sequence[float], *, unit: Any, higher_is_better: bool = True
+    name: str,
+    before: Sequence[float],
+    after: Sequence[float],
+    *,
+    unit: Unit,
+    higher_is_better: bool = True,
+    note: str,
 ) -> Comparison:
     return Comparison(
         name,
@@ -164,5 +186,5 @@ def _paired_row(
         mean(after, unit),
         paired_change(before, after, unit),
         higher_is_better,
-        f"{len(before)} items",
+        f"{len(before)} items: {note}",
     )

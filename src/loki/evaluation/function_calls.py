@@ -15,7 +15,7 @@ from loki.prompts.render import render_chat
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MAX_NEW_TOKENS = 64
+MAX_NEW_TOKENS = 48
 
 
 @dataclass(frozen=True)

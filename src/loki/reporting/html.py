@@ -15,8 +15,8 @@ import numpy as np
 
 from loki.errors import InputError
 from loki.provenance import write_text
+from loki.reporting.drawing import MISSING_PACKAGES
 from loki.reporting.figures import (
-    MISSING_PACKAGES,
     bin_rows,
     density_heatmap,
     format_number,
