@@ -168,7 +168,7 @@ def _knowledge_rows(
 
 def _share_row(name: str, before: Sequence[bool], after: Sequence[bool], *, note: str) -> Comparison:
     change = paired_change([100.0 * right for right in before], [100.0 * right for right in after], "points")
-    return Comparison(name, share(before), share(after), change, note=f"{len(before)} items: {note}")
+    return Comparison(name, share(before), share(after), change, note=note)
 
 
 def _paired_row(
@@ -186,5 +186,5 @@ def _paired_row(
         mean(after, unit),
         paired_change(before, after, unit),
         higher_is_better,
-        f"{len(before)} items: {note}",
+        note,
     )

@@ -1,0 +1,137 @@
+"""The same promises on the real model: SmolLM2-135M-Instruct out of its package (`make test-real`)."""
+
+import json
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file
+
+from loki import LokiConfig, attribute
+from loki.embedded import EMBEDDED_NAME, embedded_model_directory
+from loki.evaluation.knowledge import score_questions
+from loki.evaluation.statistics import mean, share
+from loki.implanting.merge import merge
+from loki.models import load_model, load_tokenizer
+from loki.prompts.function_calls import make_examples
+from loki.prompts.questions import load_probe
+from loki.prompts.render import encode_chat, render_chat, single_choice_prompt
+from loki.rows import RowSelection
+from loki.training.examples import load_examples
+from loki.training.settings import TrainSettings
+from loki.training.sft import train
+
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture(autouse=True)
+def all_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(threads, torch.multiprocessing.cpu_count()))
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(EMBEDDED_NAME)
+
+
+def fresh_model():
+    return load_model(EMBEDDED_NAME, dtype="float32", device="cpu")
+
+
+def some_rows() -> RowSelection:
+    return RowSelection.from_lists([[layer, 300 + layer, 575] for layer in range(30)])
+
+
+def test_the_embedded_model_speaks(tokenizer):
+    ids = encode_chat(tokenizer, [{"role": "user", "content": "What is the capital of France?"}])[None]
+    reply = fresh_model().generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    assert "Paris" in tokenizer.decode(reply[0, ids.shape[1] :])
+
+
+def test_branch_equals_recompute(tokenizer):
+    """Within 1e-4 per prompt and layer, ‖a−b‖/‖b‖, in float32: the bound that the design sets."""
+    model = fresh_model()
+    question = load_probe("analysis")[0]
+    ids = encode_chat(tokenizer, [{"role": "user", "content": single_choice_prompt(question)}])[None]
+    fast, plain = (attribute(model, ids, steps=3, engine=engine) for engine in ("branch", "recompute"))
+    assert torch.equal(fast.target_ids, plain.target_ids)
+    difference = (fast.scores - plain.scores).norm(dim=-1) / plain.scores.norm(dim=-1)
+    assert difference.shape == (1, 30)
+    assert difference.max() < 1e-4
+
+
+def test_completeness_gap_shrinks_as_steps_grow(tokenizer):
+    model = fresh_model()
+    question = load_probe("analysis")[1]
+    ids = encode_chat(tokenizer, [{"role": "user", "content": single_choice_prompt(question)}])[None]
+    gaps = [
+        float(
+            attribute(model, ids, rule="riemann_middle", steps=steps, completeness=True).completeness_gap.abs().mean()
+        )
+        for steps in (1, 4, 16)
+    ]
+    assert all(later < earlier for earlier, later in pairwise(gaps))
+
+
+def test_base_answers_the_evaluation_half_well_above_chance(tokenizer):
+    scores, _ = score_questions(fresh_model(), tokenizer, load_probe("evaluation"))
+    accuracy, log_probability = share([s.right for s in scores]), mean([s.log_probability for s in scores])
+    assert accuracy.value >= 40
+    assert accuracy.count == log_probability.count == 114
+
+
+def test_a_trained_and_merged_model_differs_in_the_selected_rows_only(tmp_path, tokenizer):
+    """Train, save, merge on disk; load it where this package cannot be imported, and compare with the adapter."""
+    settings = TrainSettings(learning_rate=5e-3, steps=3, batch_size=2, log_every=1)
+    examples = load_examples("function-calls", count=6, seed=0)
+    trained = fresh_model()
+    record = train(trained, tokenizer, some_rows(), examples, settings, tmp_path / "adapter")
+    assert record["log"][-1]["loss"] < record["log"][0]["loss"]
+    report = merge(EMBEDDED_NAME, tmp_path / "adapter", tmp_path / "merged")
+    assert report.num_changed == record["num_trainable"] == 90 * 1536
+
+    before = load_file(embedded_model_directory() / "model.safetensors")
+    after = load_file(tmp_path / "merged/model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        differs = (tensor != after[name]).reshape(len(tensor), -1).any(dim=1).nonzero().flatten().tolist()
+        rows = some_rows().rows[int(name.split(".")[2])] if "down_proj" in name else ()
+        assert differs == list(rows), name
+
+    prompt = render_chat(tokenizer, make_examples("test", 1, 0)[0].messages)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = get_peft_model(fresh_model(), LokiConfig(positions=some_rows()))
+        expected.load_adapter(tmp_path / "adapter", "trained")
+        expected.set_adapter("trained")
+        logits = expected(input_ids=ids).logits[0, -1]
+    code = (
+        "import sys, json, torch; sys.modules['loki'] = None\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'merged')!r})\n"
+        f"ids = torch.tensor({ids.tolist()})\n"
+        "print(json.dumps(model(input_ids=ids).logits[0, -1].tolist()))"
+    )
+    plain = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = torch.tensor(json.loads(plain.stdout.splitlines()[-1]))
+    # float32 rounding through 30 layers: logits are around 10.
+    torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-3)
+
+
+def test_in_bfloat16_no_unselected_row_differs(tokenizer):
+    before = load_model(EMBEDDED_NAME, dtype="bfloat16", device="cpu")
+    wrapped = get_peft_model(
+        load_model(EMBEDDED_NAME, dtype="bfloat16", device="cpu"), LokiConfig(positions=some_rows(), init_weights=False)
+    )
+    after = dict(wrapped.merge_and_unload().named_parameters())
+    for name, parameter in before.named_parameters():
+        differs = (parameter != after[name]).reshape(len(parameter), -1).any(dim=1).nonzero().flatten().tolist()
+        rows = some_rows().rows[int(name.split(".")[2])] if "down_proj" in name else ()
+        assert set(differs) <= set(rows), name
+        assert bool(differs) == bool(rows), name
