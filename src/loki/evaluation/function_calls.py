@@ -46,7 +46,11 @@ def parse_calls(text: str) -> tuple[Call, ...] | None:
 
 
 def same_calls(found: Sequence[Call] | None, expected: Sequence[Call]) -> bool:
-    """Equal names and arguments, in any order of arguments; 3 equals 3.0, but neither "3" nor True equals 3."""
+    """Equal names and arguments, in any order of arguments.
+
+    Texts are compared without regard to case, as the Berkeley Function Calling Leaderboard does; 3 equals 3.0,
+    but neither "3" nor True equals 3.
+    """
     if found is None or len(found) != len(expected):
         return False
     return all(
@@ -124,5 +128,7 @@ def _dotted_name(node: ast.expr) -> str | None:
 
 
 def _same_value(a: Value, b: Value) -> bool:
+    if isinstance(a, str) and isinstance(b, str):
+        return a.casefold() == b.casefold()
     # In Python True equals 1; as arguments they differ.
     return isinstance(a, bool) == isinstance(b, bool) and a == b
