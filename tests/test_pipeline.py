@@ -164,3 +164,13 @@ def test_own_examples_are_measured_by_the_loss_of_their_completions(tmp_path, mo
     summary, _ = run_and_follow(settings)
     (loss,) = [row for row in summary.comparisons if row.name == "Task, loss of completions"]
     assert loss.after.value < loss.before.value
+
+
+def test_changed_examples_are_noticed(tmp_path, model_dir, few_prompts):
+    own = tmp_path / "own.jsonl"
+    own.write_text(json.dumps({"prompt": "say one", "completion": "one"}))
+    settings = make_settings(model_dir, tmp_path / "run", train={"data": str(own), "learning_rate": 0.01, "steps": 1})
+    run_pipeline(settings)
+    own.write_text(json.dumps({"prompt": "say two", "completion": "two"}))
+    with pytest.raises(ArtefactError, match=r"data_files.*own.jsonl .* there"):
+        run_pipeline(settings)

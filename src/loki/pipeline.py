@@ -7,6 +7,7 @@ refused.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -15,13 +16,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from loki.architecture import shape_of_config
 from loki.errors import ArtefactError, InputError
-from loki.models import locate_model
+from loki.models import load_config, locate_model
 from loki.progress import Track, silent
 from loki.provenance import digest, read_json, require_writable_parent, write_json
 from loki.results import Result
 from loki.run_settings import RunSettings
 from loki.stages import REPORT_FILE, STAGES, SUMMARY_FILE, Run, StageName, report, summarise
+from loki.training.examples import BUILT_IN, load_examples
 
 RUN_FILE = "run.json"
 
@@ -43,6 +46,7 @@ def run_pipeline(
         LokiError: as the stages.
     """
     run = Run(settings, track)
+    _check_inputs(settings)
     _open_directory(run, force=force)
     earlier_finished = True
     for stage in STAGES:
@@ -62,8 +66,25 @@ def run_pipeline(
 
 
 def run_record(settings: RunSettings) -> dict[str, Any]:
-    """What has to be equal for a directory to be this run's: settings, and the weights in the model's folder."""
-    return {"settings": settings.as_dict(), "model_files": _model_files(settings.model)}
+    """What has to be equal for a directory to be this run's: settings, the model's weights, the data's content."""
+    return {
+        "settings": settings.as_dict(),
+        "model_files": _model_files(settings.model),
+        "data_files": {
+            path: hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()[:16]
+            for path in (settings.train.data, settings.evaluate.completions)
+            if path is not None and path != BUILT_IN
+        },
+    }
+
+
+def _check_inputs(settings: RunSettings) -> None:
+    """Refuse a model of unknown architecture and data that cannot be read before hours are spent."""
+    config = load_config(settings.model, trust_remote_code=settings.trust_remote_code)
+    shape_of_config(config)
+    load_examples(settings.train.data, count=settings.train.examples, seed=settings.seed)
+    if settings.evaluate.completions is not None:
+        load_examples(settings.evaluate.completions, count=None, seed=settings.seed)
 
 
 def _open_directory(run: Run, *, force: bool) -> None:

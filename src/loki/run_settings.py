@@ -75,7 +75,8 @@ class TrainSection(_Section):
 class MergeSection(_Section):
     """The merged checkpoint."""
 
-    dtype: DtypeName | None = None
+    dtype: DtypeName = "auto"
+    """Stored dtype; `auto` keeps the model's own."""
 
 
 class EvaluateSection(_Section):

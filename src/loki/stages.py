@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from pydantic import ValidationError
 
 from loki.analysis.run import analyse, probe_prompts
 from loki.architecture import shape_of_config
-from loki.errors import InputError
+from loki.errors import ArtefactError, InputError
 from loki.evaluation.compare import compare_models
 from loki.implanting.merge import merge
 from loki.log import schema
@@ -152,7 +153,7 @@ def merge_stage(run: Run) -> Outcome:
         run.settings.model,
         run.directory / ADAPTER_DIR,
         run.directory / MERGED_DIR,
-        dtype=None if name in (None, "auto") else resolve_dtype(name),
+        dtype=None if name == "auto" else resolve_dtype(name),
     )
     return Outcome(
         {
@@ -227,7 +228,10 @@ def report(directory: Path) -> Path:
     if not (directory / SUMMARY_FILE).is_file():
         raise InputError(f"{directory} has no {SUMMARY_FILE}: name the directory of a finished `loki run`")
     summary = Result.load(directory / SUMMARY_FILE)
-    settings = RunSettings.model_validate({**summary.settings, "output_dir": directory})
+    try:
+        settings = RunSettings.model_validate({**summary.settings, "output_dir": directory})
+    except ValidationError as error:
+        raise ArtefactError(f"{directory / SUMMARY_FILE} holds no settings of a run: run again") from error
     run = Run(settings)
     ballots = []
     with AttributionLog(directory / LOG_FILE) as log:

@@ -70,7 +70,7 @@ def write_config(path: Path, model_dir, **changes) -> Path:
     values = {
         "model": str(model_dir),
         "output_dir": str(path.parent / "run"),
-        "train": {"learning_rate": 1, "steps": 1},
+        "train": {"learning_rate": 1, "steps": 1, "examples": 2},
     }
     path.write_text(json.dumps({**values, **changes}))  # JSON is YAML
     return path
@@ -202,6 +202,8 @@ def test_run_directory_that_is_none_is_refused_even_with_force(refused, model_di
         ({"analyse": {"rule": "simpson"}}, "analyse.rule: input should be 'riemann_left'"),
         ({"select": {"quota": 200}}, "quota 200 is outside (0, 100]"),
         ({"analyse": {"steps": 0}}, "steps 0 is too few"),
+        ({"train": {"learning_rate": 1, "steps": 1, "data": "no.jsonl"}}, "'no.jsonl' cannot be read"),
+        ({"evaluate": {"completions": "no.jsonl"}}, "'no.jsonl' cannot be read"),
         ({"train": {"learning_rate": -1, "steps": 1}}, "learning rate -1.0 is not possible"),
     ],
 )

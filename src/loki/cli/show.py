@@ -40,7 +40,9 @@ def print_json(result: Result) -> None:
 
 def print_comparisons(comparisons: Sequence[Comparison], title: str) -> None:
     """The before/after table."""
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=SIMPLE)
+    table = Table(
+        title=title, title_justify="left", title_style="bold", header_style="bold", box=SIMPLE, pad_edge=False
+    )
     table.add_column("measure", overflow="fold")
     for column in ("before", "after", "change"):
         table.add_column(column, justify="right", no_wrap=True)
