@@ -27,6 +27,14 @@ def selection(positions):
     return RowSelection.from_lists(positions)
 
 
+def interrupt(items, what):
+    """Progress that ends before the last of six steps."""
+    for item in items:
+        if item == 5:
+            raise KeyboardInterrupt
+        yield item
+
+
 def deltas(directory):
     return load_file(directory / "adapter_model.safetensors")
 
@@ -70,12 +78,6 @@ def test_loss_is_on_completions_only(tmp_path, tokenizer, selection):
 def test_interrupted_training_goes_on_and_ends_equal(tmp_path, tokenizer, selection):
     train(make_model(), tokenizer, selection, EXAMPLES, SETTINGS, tmp_path / "whole")
 
-    def interrupt(items, what):
-        for item in items:
-            if item == 5:
-                raise KeyboardInterrupt
-            yield item
-
     with pytest.raises(KeyboardInterrupt):
         train(make_model(), tokenizer, selection, EXAMPLES, SETTINGS, tmp_path / "parts", track=interrupt)
     assert not (tmp_path / "parts").exists()
@@ -91,6 +93,21 @@ def test_interrupted_training_goes_on_and_ends_equal(tmp_path, tokenizer, select
     record = train(make_model(), tokenizer, selection, EXAMPLES, SETTINGS, tmp_path / "parts", track=follow)
     assert done == [4, 5]
     assert [row["step"] for row in record["log"]] == [1, 2, 3, 4, 5, 6]
+    for name, delta in deltas(tmp_path / "whole").items():
+        assert torch.equal(delta, deltas(tmp_path / "parts")[name]), name
+
+
+@pytest.mark.parametrize("torn", [None, b"", b'{"global_st'])
+def test_a_checkpoint_that_was_torn_by_a_kill_is_passed_over(tmp_path, tokenizer, selection, torn):
+    train(make_model(), tokenizer, selection, EXAMPLES, SETTINGS, tmp_path / "whole")
+
+    with pytest.raises(KeyboardInterrupt):
+        train(make_model(), tokenizer, selection, EXAMPLES, SETTINGS, tmp_path / "parts", track=interrupt)
+    state = tmp_path / "parts.unfinished/checkpoint-4/trainer_state.json"
+    state.unlink()
+    if torn is not None:
+        state.write_bytes(torn)
+    train(make_model(), tokenizer, selection, EXAMPLES, SETTINGS, tmp_path / "parts")
     for name, delta in deltas(tmp_path / "whole").items():
         assert torch.equal(delta, deltas(tmp_path / "parts")[name]), name
 

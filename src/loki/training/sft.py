@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -98,8 +99,8 @@ def train(
         callbacks=[ShowProgress(track)],
     )
     trainer.remove_callback(PrinterCallback)
-    checkpoints = list(unfinished.glob("checkpoint-*"))
-    outcome = trainer.train(resume_from_checkpoint=True if checkpoints else None)
+    checkpoint = _last_whole_checkpoint(unfinished)
+    outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     record = {
         **identity,
         "num_trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
@@ -129,6 +130,22 @@ def load_record(adapter: Path) -> dict[str, Any] | None:
     if not isinstance(record, dict):
         raise ArtefactError(f"training record {path} must be a JSON object: train again")
     return record
+
+
+def _last_whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; torn ones are removed.
+
+    The Trainer writes its state file last, so a checkpoint without it, or with half of it, is torn.
+    """
+    newest_first = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    for checkpoint in newest_first:
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_bytes())
+        except (OSError, ValueError):
+            shutil.rmtree(checkpoint)
+        else:
+            return checkpoint
+    return None
 
 
 def _open_unfinished(output: Path, identity: Mapping[str, Any]) -> Path:
