@@ -106,6 +106,14 @@ def test_a_lost_file_makes_its_stage_and_those_behind_it_run_again(settings):
     assert finished == {"analyse": True, "select": False, "train": False, "merge": False, "evaluate": False}
 
 
+def test_what_a_killed_run_was_writing_aside_is_cleared_away(settings):
+    run_and_follow(settings)
+    (settings.output_dir / ".kva.h5.x1y2").write_bytes(b"half")
+    (settings.output_dir / ".merged.x1y2").mkdir()
+    run_and_follow(settings)
+    assert not list(settings.output_dir.glob(".*"))
+
+
 @pytest.mark.parametrize("stage", STAGE_NAMES)
 def test_an_interrupted_run_goes_on_and_ends_equal(tmp_path, model_dir, few_prompts, stage, monkeypatch):
     whole, _ = run_and_follow(make_settings(model_dir, tmp_path / "whole"))

@@ -109,6 +109,8 @@ def _open_directory(run: Run, *, force: bool) -> None:
     elif directory.exists() and any(directory.iterdir()):
         raise ArtefactError(f"{directory} is not empty and not a run directory: choose another --output-dir")
     require_writable_parent(record_path)
+    # What a killed run was writing aside; nothing else in a run directory begins with a dot.
+    _remove(directory.glob(".*"))
     write_json(record_path, record)
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny import make_model
 
@@ -11,6 +12,7 @@ from loki.errors import ArtefactError, InputError, OutputError
 from loki.rows import RowSelection
 from loki.training.settings import TrainSettings
 from loki.training.sft import RECORD, load_record, train
+from loki.training.trainer import CompletionTrainer
 
 EXAMPLES = [
     {
@@ -110,6 +112,39 @@ def test_a_checkpoint_that_was_torn_by_a_kill_is_passed_over(tmp_path, tokenizer
     train(make_model(), tokenizer, selection, EXAMPLES, SETTINGS, tmp_path / "parts")
     for name, delta in deltas(tmp_path / "whole").items():
         assert torch.equal(delta, deltas(tmp_path / "parts")[name]), name
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("I/O error: No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+    ],
+)
+def test_a_full_disk_is_one_line_and_keeps_earlier_checkpoints(tmp_path, tokenizer, selection, monkeypatch, error):
+    save = CompletionTrainer._save_checkpoint
+
+    def fill_disk(trainer, *arguments):
+        if trainer.state.global_step == 4:
+            raise error
+        save(trainer, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CompletionTrainer, "_save_checkpoint", fill_disk)
+        with pytest.raises(OutputError, match=r"cannot write a checkpoint .* make room and train on"):
+            train(make_model(), tokenizer, selection, EXAMPLES, SETTINGS, tmp_path / "adapter")
+    assert (tmp_path / "adapter.unfinished/checkpoint-2").is_dir()
+    train(make_model(), tokenizer, selection, EXAMPLES, SETTINGS, tmp_path / "adapter")
+
+
+def test_other_errors_of_training_are_not_taken_for_a_full_disk(tmp_path, tokenizer, selection, monkeypatch):
+    def fail(*_arguments):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(CompletionTrainer, "compute_loss", fail)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        train(make_model(), tokenizer, selection, EXAMPLES, SETTINGS, tmp_path / "adapter")
 
 
 def test_unfinished_training_of_other_settings_is_refused(tmp_path, tokenizer, selection):

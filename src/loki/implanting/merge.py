@@ -139,6 +139,7 @@ def _merge_shard(
                 totals.lost_squared += float((moved_KF.double() - change.delta_KF.double()).square().sum())
             tensors[name] = stored.contiguous()
     save_file(tensors, target, metadata=metadata)
+    target.chmod(0o644)  # safetensors makes files that only their owner may read
 
 
 def _match(

@@ -9,8 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from loki.architecture import shape_of
-from loki.errors import ArtefactError
+from loki.errors import ArtefactError, OutputError
 from loki.implanting.tuner import LokiConfig
 from loki.progress import Track, silent
 from loki.provenance import (
@@ -27,6 +29,8 @@ from loki.training.settings import TrainSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+TORCH_WRITER = ("PytorchStreamWriter", "inline_container")
+"""What torch's file writer says of itself in the RuntimeError by which it tells of a full disk."""
 RECORD = "loki_training.json"
 """In the adapter's folder: what the adapter was trained with, and the training log."""
 
@@ -100,7 +104,12 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     checkpoint = _last_whole_checkpoint(unfinished)
-    outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in TORCH_WRITER):
+            raise
+        raise OutputError(f"cannot write a checkpoint below {unfinished}: {error}; make room and train on") from error
     record = {
         **identity,
         "num_trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
