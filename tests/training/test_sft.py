@@ -139,7 +139,7 @@ def test_a_full_disk_is_one_line_and_keeps_earlier_checkpoints(tmp_path, tokeniz
 
 
 def test_other_errors_of_training_are_not_taken_for_a_full_disk(tmp_path, tokenizer, selection, monkeypatch):
-    def fail(*_arguments):
+    def fail(*_arguments, **_options):
         raise RuntimeError("shapes cannot be multiplied")
 
     monkeypatch.setattr(CompletionTrainer, "compute_loss", fail)
