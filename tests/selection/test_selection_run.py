@@ -1,5 +1,6 @@
 import json
 import logging
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -12,7 +13,7 @@ from loki.log.schema import LogHeader
 from loki.log.writer import write_header
 from loki.provenance import fingerprint_model
 from loki.rows import RowSelection, load_meta
-from loki.selection.run import check_model, default_positions_name, select_to_file
+from loki.selection.run import check_model, default_positions_dir, default_positions_name, select_to_file
 
 SCORES_NLD = np.random.default_rng(0).normal(size=(3, 2, 8))
 
@@ -157,3 +158,21 @@ def test_positions_of_other_weights_are_a_warning_and_an_error_when_strict(log_p
 def test_positions_without_provenance_are_not_checked(tmp_path, model):
     RowSelection.from_lists([[0], [1]]).save(tmp_path / "rows.json")
     check_model(tmp_path / "rows.json", model, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("model_name", "folder"),
+    [
+        ("owner/Model-1B", "Model-1B"),
+        ("/models/tiny/", "tiny"),
+        ("SmolLM2-135M-Instruct (Q4_1, dequantised)", "SmolLM2-135M-Instruct"),
+        ("../..", "kva"),
+        ("", "kva"),
+    ],
+)
+def test_the_default_folder_is_named_after_the_model(tmp_path, model_name, folder):
+    path = tmp_path / "kva.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("dataset", data=SCORES_NLD)
+        write_header(file, LogHeader({}, model_name, "probe", {}, *SCORES_NLD.shape[1:]))
+    assert default_positions_dir(path) == Path("kva_result/pos_json") / folder

@@ -30,18 +30,13 @@ def select_nodes(
     """
     from loki.architecture import shape_of_config
     from loki.cli.show import notes, print_json
-    from loki.log.reader import AttributionLog
     from loki.models import load_config
     from loki.results import Result
-    from loki.selection.run import default_positions_name, select_to_file
+    from loki.selection.run import default_positions_dir, default_positions_name, select_to_file
 
     name = output_name or default_positions_name(strategy, quota)
-    if output_dir is None:
-        with AttributionLog(hdf5_path) as log:
-            model_name = log.header.model_name if log.header else hdf5_path.stem
-        output_dir = Path("kva_result/pos_json") / Path(model_name).name
     shape = shape_of_config(load_config(model)) if model is not None else None
-    output = output_dir / name
+    output = (output_dir or default_positions_dir(hdf5_path)) / name
     selection = select_to_file(hdf5_path, output, quota=quota, strategy=strategy, shape=shape)
     figures = {
         "positions": str(output),

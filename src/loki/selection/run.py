@@ -32,6 +32,19 @@ def default_positions_name(strategy: StrategyName, quota: str | float | Fraction
     return f"{text}.json" if strategy == "layer_balanced" else f"{strategy}_{text}.json"
 
 
+def default_positions_dir(log_path: Path) -> Path:
+    """`kva_result/pos_json/<model>`, named after the model in the log's header, or after a log without one.
+
+    Raises:
+        ArtefactError: the log cannot be read.
+    """
+    with AttributionLog(log_path) as log:
+        name = log.header.model_name if log.header else ""
+    # A folder's or Hub id's last part, without a remark in brackets; a header may say anything.
+    folder = Path(name.split(" (")[0]).name
+    return Path("kva_result/pos_json") / (log_path.stem if folder in ("", "..") else folder)
+
+
 def select_to_file(
     log_path: Path,
     output: Path,
