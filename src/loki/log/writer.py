@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -186,8 +187,6 @@ class LogWriter:
 
 def write_header(file: h5py.File, header: LogHeader) -> None:
     """Put the header into an open HDF5 file."""
-    import json
-
     file.attrs[schema.HEADER] = json.dumps(header.as_dict(), sort_keys=True)
 
 
