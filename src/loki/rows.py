@@ -6,7 +6,7 @@ Where it came from goes into a sibling `<name>.meta.json`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,12 @@ class RowSelection:
                     f"{what}: layer {layer} names row {rows[-1]}, but the model's rows are 0 to {num_rows - 1}: "
                     "use the positions that were selected for this model"
                 )
+
+
+def named_for(module_name: str, names: Iterable[str]) -> str | None:
+    """Which of `names` means this module: its full name, or the longest one that ends it after a dot."""
+    fitting = [name for name in names if module_name == name or module_name.endswith(f".{name}")]
+    return max(fitting, key=len, default=None)
 
 
 def meta_path(path: Path) -> Path:

@@ -170,3 +170,16 @@ def test_an_existing_output_is_never_touched(tmp_path, model_dir, adapter_dir):
     (tmp_path / "merged/precious.txt").write_text("mine")
     refuse(OutputError, "exists already", model_dir, adapter_dir, tmp_path)
     assert (tmp_path / "merged/precious.txt").read_text() == "mine"
+
+
+def test_an_adapter_of_named_modules_merges_too(tmp_path, model_dir):
+    names = {"o_proj": [1], "1.self_attn.o_proj": [2, 3], "mlp.up_proj": [0]}
+    get_peft_model(make_model(), LokiConfig(positions=names, init_weights=False)).save_pretrained(tmp_path / "adapter")
+    report = merge(str(model_dir), tmp_path / "adapter", tmp_path / "merged")
+    wrapped = make_model()
+    wrapped.load_adapter(tmp_path / "adapter")
+    with torch.no_grad():
+        expected = wrapped(INPUT_IDS).logits
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(INPUT_IDS).logits
+    assert report.num_changed == 4 * 20 + 3 * 20  # o_proj and up_proj have 20 inputs each
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -194,3 +194,25 @@ def test_positions_of_a_strange_type_are_refused():
 def test_target_modules_that_disagree_with_positions_are_refused(model, positions):
     with pytest.raises(InputError, match="leave target_modules out"):
         wrap(model, positions, target_modules=["q_proj"])
+
+
+def test_a_module_is_meant_by_the_longest_name_that_ends_it(model):
+    names = {"down_proj": [1], "1.mlp.down_proj": [2, 3]}
+    wrapped = wrap(model, names)
+    layers = wrapped.base_model.model.model.layers
+    assert [layer.mlp.down_proj.loki_rows["default"].tolist() for layer in layers] == [[1], [2, 3], [1]]
+
+
+def test_a_module_that_does_not_exist_is_refused(model):
+    with pytest.raises(InputError, match=r"'1.mlp.dwn_proj', which the model does not have"):
+        wrap(model, {"0.mlp.down_proj": [1], "1.mlp.dwn_proj": [2]})
+
+
+def test_rows_that_a_named_module_lacks_are_refused(model):
+    with pytest.raises(ValueError, match="row 20 does not exist: the layer's rows are 0 to 19"):
+        wrap(model, {"o_proj": [20]})
+
+
+def test_modules_that_are_not_linear_are_refused(model):
+    with pytest.raises(TypeError, match=r"it is Embedding, not nn.Linear"):
+        wrap(model, {"embed_tokens": [1]})

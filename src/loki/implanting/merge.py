@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from loki.errors import ArtefactError, InputError
 from loki.models import locate_model
 from loki.provenance import new_directory, read_json, require_new_directory
-from loki.rows import RowSelection
+from loki.rows import RowSelection, named_for
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 CARRIED_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*")
@@ -154,7 +154,7 @@ def _match(
     if len(deltas) != len(weights) or not deltas:
         raise ArtefactError(f"adapter {adapter} holds tensors that are no row changes: merge it with PEFT")
     if isinstance(positions, Mapping):
-        by_name = {name: rows for name in deltas for key, rows in positions.items() if name.endswith(key)}
+        by_name = {name: positions.get(named_for(name, positions), []) for name in deltas}
     else:
         selection = RowSelection.from_lists(positions, what=f"positions of adapter {adapter}")
         by_name = {name: list(selection.rows[_layer_number(name, adapter)]) for name in deltas}

@@ -12,7 +12,7 @@ from loki.architecture import FAMILIES, down_projections, family_of, model_type_
 from loki.errors import InputError
 from loki.implanting.tuner.config import LokiConfig
 from loki.implanting.tuner.layer import LokiLayer
-from loki.rows import RowSelection
+from loki.rows import RowSelection, named_for
 
 
 class LokiModel(BaseTuner):
@@ -26,7 +26,8 @@ class LokiModel(BaseTuner):
         """Check that the positions fit the model, and target the modules that they name.
 
         Raises:
-            InputError: no positions, or target modules that the positions do not speak of.
+            InputError: no positions, positions of modules that do not exist, or target modules that the
+                positions do not speak of.
             ArtefactError: positions of another model.
             ArchitectureError: positions by layer for a family that is not known.
         """
@@ -35,6 +36,12 @@ class LokiModel(BaseTuner):
             raise InputError("LokiConfig has no positions: name a positions file, or the rows themselves")
         if isinstance(positions, Mapping):
             named = set(positions)
+            meant = {named_for(module_name, named) for module_name, _ in self.model.named_modules()}
+            if named - meant:
+                raise InputError(
+                    f"positions name {sorted(named - meant)[0]!r}, which the model does not have: "
+                    "give names of its linear layers, as in model.named_modules()"
+                )
         else:
             shape = shape_of(self.model)
             selection = RowSelection.from_lists(positions)
@@ -80,6 +87,6 @@ class LokiModel(BaseTuner):
     def _rows_of(self, config: LokiConfig, key: str) -> list[int]:
         """The rows that the config names for a module."""
         if isinstance(config.positions, Mapping):
-            name = next(name for name in config.positions if key == name or key.endswith(f".{name}"))
-            return list(config.positions[name])
+            name = named_for(key, config.positions)
+            return [] if name is None else list(config.positions[name])
         return list(config.positions[list(down_projections(self.model)).index(key)])
