@@ -6,6 +6,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from safetensors import SafetensorError
+
 from loki.choices import DtypeName
 from loki.embedded import EMBEDDED_LABEL, EMBEDDED_NAME, embedded_model_directory
 from loki.errors import InputError
@@ -51,16 +53,21 @@ def resolve_device(name: str | None) -> torch.device:
     """A device by name, or the default one.
 
     Raises:
-        InputError: a name that torch does not know.
+        InputError: a name that torch does not know, or a device that is not there.
     """
     import torch
 
     if name is None:
         return default_device()
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise InputError(f"device {name!r} is unknown: give one such as cpu, cuda or cuda:1") from error
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} cannot be used here: leave --device out, or give cpu") from error
+    return device
 
 
 def model_label(name_or_path: str) -> str:
@@ -107,8 +114,11 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"model {name_or_path!r} cannot be loaded: {_first_line(error)}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise InputError(
+            f"model {name_or_path!r} cannot be loaded ({_first_line(error)}): "
+            "name a model that transformers loads, with whole safetensors weights"
+        ) from error
     loaded: PreTrainedModel = model.to(place).eval()
     return loaded
 
@@ -158,7 +168,10 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Pre
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"tokenizer of {name_or_path!r} cannot be loaded: {_first_line(error)}") from error
+        raise InputError(
+            f"tokenizer of {name_or_path!r} cannot be loaded ({_first_line(error)}): "
+            "the model's folder must hold its tokenizer files"
+        ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     loaded: PreTrainedTokenizerBase = tokenizer

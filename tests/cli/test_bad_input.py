@@ -253,3 +253,53 @@ def test_impossible_numbers(refused, model_dir, tmp_path):
     assert "batch size 0 is not possible" in refused(*options, "--batch-size", 0)
     assert "steps 0 is too few for the rule riemann_left" in refused("analyse", model_dir, "--steps", 0)
     assert "device 'quantum' is unknown" in refused("analyse", model_dir, "--device", "quantum")
+
+
+def test_device_that_is_not_there(refused, model_dir, tmp_path):
+    import torch
+
+    if not torch.cuda.is_available():
+        error = refused("analyse", model_dir, "--output", tmp_path / "out.h5", "--device", "cuda")
+        assert "device 'cuda' cannot be used here: leave --device out" in error
+
+
+def spoiled_model(model_dir: Path, tmp_path: Path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(model_dir, tmp_path / "spoiled"))
+
+
+def test_model_with_damaged_weights(refused, model_dir, tmp_path):
+    folder = spoiled_model(model_dir, tmp_path)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:3000])
+    assert "with whole safetensors weights" in refused("analyse", folder, "--output", tmp_path / "out.h5")
+    (tmp_path / "adapter").mkdir()
+    merging = ("merge", "--model", folder, "--adapter", tmp_path / "adapter", "--output-dir", tmp_path / "merged")
+    assert "shard 'model.safetensors' of model" in refused(*merging)
+
+
+def test_pickled_weights_are_never_read(refused, model_dir, tmp_path):
+    folder = spoiled_model(model_dir, tmp_path)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert "no file named model.safetensors" in refused("analyse", folder, "--output", tmp_path / "out.h5")
+
+
+def test_model_without_tokenizer(refused, model_dir, tmp_path):
+    folder = spoiled_model(model_dir, tmp_path)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    assert "must hold its tokenizer files" in refused("analyse", folder, "--output", tmp_path / "out.h5")
+
+
+def test_adapter_folder_that_is_none(refused, model_dir, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    merging = ("merge", "--model", model_dir, "--adapter", tmp_path / "adapter", "--output-dir", tmp_path / "merged")
+    assert "has no adapter_config.json: name the folder that `loki train` wrote" in refused(*merging)
+    assert "has no adapter_config.json" in refused("evaluate", model_dir, "--adapter", tmp_path / "adapter")
+
+
+def test_evaluating_against_a_model_of_another_form(refused, model_dir, tmp_path):
+    make_model(hidden_size=24).save_pretrained(tmp_path / "wide")
+    error = refused("evaluate", tmp_path / "wide", "--base", model_dir)
+    assert "the two models are not of one form" in error

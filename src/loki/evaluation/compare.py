@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from loki.errors import InputError
 from loki.evaluation.completions import completion_losses
 from loki.evaluation.forgetting import forgetting
 from loki.evaluation.function_calls import Reply, answer_requests
@@ -55,7 +56,11 @@ def compare_models(
     """Compare two models of the same shape on function calls, completions and knowledge questions.
 
     Differences are paired: their standard errors come from the differences of single items.
+
+    Raises:
+        InputError: the models' parameters differ in names or shapes.
     """
+    _require_same_form(before, after)
     rows: list[Comparison] = []
     figures: dict[str, Any] = {}
     if requests:
@@ -90,6 +95,17 @@ def compare_models(
     )
     figures["num_weights_changed"], figures["num_weights"] = changed, total
     return Evaluation(tuple(rows), figures)
+
+
+def _require_same_form(before: nn.Module, after: nn.Module) -> None:
+    forms = [{name: tuple(p.shape) for name, p in model.named_parameters()} for model in (before, after)]
+    for name in sorted(forms[0].keys() | forms[1].keys()):
+        there, here = (form.get(name) for form in forms)
+        if there != here:
+            raise InputError(
+                f"the two models are not of one form ({name} is {there} before and {here} after): "
+                "name the model that training started from"
+            )
 
 
 @torch.no_grad()

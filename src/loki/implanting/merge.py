@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from loki.errors import ArtefactError, InputError
@@ -58,6 +58,8 @@ def load_row_changes(adapter: Path) -> dict[str, RowChange]:
     Raises:
         ArtefactError: not a LoKI adapter, or its weights and positions disagree.
     """
+    if not (adapter / "adapter_config.json").is_file():
+        raise ArtefactError(f"{adapter} has no adapter_config.json: name the folder that `loki train` wrote")
     config = read_json(adapter / "adapter_config.json", what="adapter")
     if not isinstance(config, dict) or config.get("peft_type") != "LOKI":
         found = config.get("peft_type") if isinstance(config, dict) else None
@@ -225,8 +227,11 @@ def _shards(source: Path) -> dict[str, str]:
     for name in sorted(files):
         if Path(name).name != name or not (source / name).is_file():
             raise ArtefactError(f"shard {name!r} of model {source} is missing: fetch the model again")
-        with safe_open(source / name, framework="pt") as shard:
-            found.update(dict.fromkeys(shard.keys(), name))
+        try:
+            with safe_open(source / name, framework="pt") as shard:
+                found.update(dict.fromkeys(shard.keys(), name))
+        except SafetensorError as error:
+            raise ArtefactError(f"shard {name!r} of model {source} is damaged: fetch the model again") from error
     if index and index != found:
         raise ArtefactError(f"shards of model {source} do not hold what their index says: fetch the model again")
     return found
