@@ -154,7 +154,9 @@ def test_a_shard_that_lacks_a_tensor_is_refused(tmp_path, sharded_dir, adapter_d
 def test_an_index_that_points_outside_the_folder_is_refused(tmp_path, sharded_dir, adapter_dir):
     index_path = sharded_dir / "model.safetensors.index.json"
     index = json.loads(index_path.read_text())
-    index["weight_map"][next(iter(index["weight_map"]))] = "../elsewhere.safetensors"
+    first = next(iter(index["weight_map"]))
+    shutil.copyfile(sharded_dir / index["weight_map"][first], tmp_path / "elsewhere.safetensors")
+    index["weight_map"][first] = "../elsewhere.safetensors"
     index_path.write_text(json.dumps(index))
     refuse(ArtefactError, "'../elsewhere.safetensors' .* is missing", sharded_dir, adapter_dir, tmp_path)
 
