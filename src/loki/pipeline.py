@@ -109,8 +109,9 @@ def _open_directory(run: Run, *, force: bool) -> None:
     elif directory.exists() and any(directory.iterdir()):
         raise ArtefactError(f"{directory} is not empty and not a run directory: choose another --output-dir")
     require_writable_parent(record_path)
-    # What a killed run was writing aside; nothing else in a run directory begins with a dot.
-    _remove(directory.glob(".*"))
+    # What a killed run was writing aside: `.kva.h5.x1y2` for `kva.h5`. Anything else with a dot is the user's.
+    ours = {RUN_FILE, *(path.name for path in _files_of(run))}
+    _remove([path for path in directory.glob(".*") if path.name[1:].rpartition(".")[0] in ours])
     write_json(record_path, record)
 
 
