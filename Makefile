@@ -13,6 +13,10 @@ help:
 	@echo "make test-data DATA_DIR=…  the built-in data against benchmarks: nothing is copied"
 	@echo "make test_cov   tests with coverage"
 	@echo "make lint format typecheck clean"
+	@echo "make analysing_mmlu_llama (_qwen, _qwen2)  attribution over MMLU, as the paper's public implementation has it;"
+	@echo "                each also with _batch, _data_parallel, _model_parallel"
+	@echo "make test_analyse_llama (_qwen)  the same on 10 questions a subject"
+	@echo "                all take MODEL=… DATA_DIR=… OUTPUT_DIR=… ARGS='--steps 5 …'; see docs/migrating.md"
 
 install: $(INSTALLED)
 
@@ -50,3 +54,32 @@ typecheck: install
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+
+# Stage 1 under the names, models and file names of the paper's public implementation; see docs/migrating.md.
+QWEN := Qwen/Qwen2.5-0.5B-Instruct
+LLAMA := meta-llama/Llama-3.1-8B-Instruct
+analysed_model = $(or $(MODEL),$(1))
+model_name = $(notdir $(patsubst %/,%,$(analysed_model)))
+
+# 1: target, 2: model, 3: folder in kva_result/hdf5, the model's name when left out, 4: log, 5: flags.
+define analysing
+.PHONY: $(1)
+$(1): install
+	$$(BIN)/python scripts/analyse_mmlu.py --model_path '$$(call analysed_model,$(2))' \
+	--output_dir '$$(or $$(OUTPUT_DIR),kva_result/hdf5/$$(or $(3),$$(call model_name,$(2))))' \
+	--result_file $(4).h5 $(5) $$(if $$(DATA_DIR),--data_dir '$$(DATA_DIR)') $$(ARGS)
+endef
+
+# 1: family, 2: model of the first form, 3: of the others, 4 to 7: batch sizes of the four.
+define analysing_forms
+$(call analysing,analysing_mmlu_$(1),$(2),,kva_mmlu,--batch_size $(4))
+$(call analysing,analysing_mmlu_$(1)_batch,$(3),,kva_mmlu_batch,--batch_size $(5))
+$(call analysing,analysing_mmlu_$(1)_data_parallel,$(3),,kva_mmlu_data_parallel,--batch_size $(6) --parallel_mode data)
+$(call analysing,analysing_mmlu_$(1)_model_parallel,$(3),,kva_mmlu_model_parallel,--batch_size $(7) --parallel_mode model)
+endef
+
+$(eval $(call analysing_forms,qwen,Qwen/Qwen3-0.6B,$(QWEN),8,16,8,8))
+$(eval $(call analysing_forms,qwen2,$(QWEN),$(QWEN),8,16,8,8))
+$(eval $(call analysing_forms,llama,$(LLAMA),$(LLAMA),4,4,2,4))
+$(eval $(call analysing,test_analyse_qwen,$(QWEN),test,test_qwen,--batch_size 8 --max_samples_per_subset 10))
+$(eval $(call analysing,test_analyse_llama,$(LLAMA),test,test_llama,--batch_size 4 --max_samples_per_subset 10))

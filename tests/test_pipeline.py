@@ -19,8 +19,9 @@ STAGE_NAMES = ["analyse", "select", "train", "merge", "evaluate"]
 @pytest.fixture
 def few_prompts(monkeypatch):
     """Six of the probe's prompts and questions are enough for a tiny model."""
-    prompts, questions = stages.probe_prompts()[:6], stages.load_probe("evaluation")[:6]
-    monkeypatch.setattr(stages, "probe_prompts", lambda: prompts)
+    prompts = stages.load_datasets([stages.DatasetSpec("probe")])[:6]
+    questions = stages.load_probe("evaluation")[:6]
+    monkeypatch.setattr(stages, "load_datasets", lambda _specs: prompts)
     monkeypatch.setattr(stages, "load_probe", lambda _split: questions)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from safetensors import SafetensorError
 
+from loki.architecture import decoder_layers
 from loki.choices import DtypeName
 from loki.embedded import EMBEDDED_LABEL, EMBEDDED_NAME, embedded_model_directory
 from loki.errors import InputError
@@ -17,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def locate_model(name_or_path: str) -> str:
@@ -64,7 +70,7 @@ def resolve_device(name: str | None) -> torch.device:
     except RuntimeError as error:
         raise InputError(f"device {name!r} is unknown: give one such as cpu, cuda or cuda:1") from error
     try:
-        torch.empty(0, device=device)
+        torch.empty(1, device=device).cpu()  # a copy, because `meta` has nothing to copy
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {name!r} cannot be used here: leave --device out, or give cpu") from error
     return device
@@ -96,31 +102,111 @@ def load_model(
     *,
     dtype: DtypeName = "auto",
     device: str | None = None,
+    device_map: str | None = None,
+    offload_dir: Path | None = None,
+    attention: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model in evaluation mode, from safetensors only.
 
+    `device_map` is a strategy of `accelerate` (auto, balanced, balanced_low_0, sequential) or a JSON file that
+    maps module names to devices (`cpu`, `disk`, `cuda:0`); `offload_dir` takes what goes to the disk. `attention`
+    is an implementation of `transformers`; its own choice when None.
+
     Raises:
-        InputError: not found, no safetensors, or a kind of model that `transformers` does not know.
+        InputError: not found, no safetensors, a kind of model that `transformers` does not know, a device map
+            that cannot be used, or an attention whose package is missing.
     """
     from transformers import AutoModelForCausalLM
 
     place = resolve_device(device)
     source = locate_model(name_or_path)
+    options: dict[str, Any] = {}
+    if device_map is not None:
+        if device is not None:
+            raise InputError(f"--device {device} and --device-map exclude each other: give one of them")
+        places = _device_map(device_map)
+        options = {"device_map": places, "offload_folder": offload_dir}
+    elif offload_dir is not None:
+        raise InputError(f"--offload-dir {offload_dir} takes what a device map puts on disk: give --device-map too")
+    if attention is not None:
+        _require_attention(attention)
+        options["attn_implementation"] = attention
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=resolve_dtype(dtype, place),
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
+            **options,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"model {name_or_path!r} cannot be loaded ({_first_line(error)}): "
             "name a model that transformers loads, with whole safetensors weights"
         ) from error
-    loaded: PreTrainedModel = model.to(place).eval()
+    if device_map is None:
+        model = model.to(place)
+    elif isinstance(places, dict):
+        _require_known_modules(model, places, device_map)
+    loaded: PreTrainedModel = model.eval()
     return loaded
+
+
+def launched_dtype(dtype: DtypeName) -> DtypeName:
+    """`auto` as `accelerate launch --mixed_precision` wants it; any other dtype as it is."""
+    chosen: dict[str, DtypeName] = {"bf16": "bfloat16", "fp16": "float16"}
+    return chosen.get(os.environ.get("ACCELERATE_MIXED_PRECISION", ""), dtype) if dtype == "auto" else dtype
+
+
+def _device_map(text: str) -> str | dict[str, str | int]:
+    if text in DEVICE_MAPS:
+        return text
+    path = Path(text)
+    if path.suffix != ".json":
+        raise InputError(f"device map {text!r} is unknown: choose {', '.join(DEVICE_MAPS)}, or a .json file")
+    try:
+        places = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"device map {text!r} cannot be read ({_first_line(error)}): give a JSON file") from error
+    if not isinstance(places, dict) or not places or not all(type(place) in (str, int) for place in places.values()):
+        raise InputError(f'device map {text!r} is not a JSON object such as {{"model.layers.0": "cpu", …}}')
+    for place in places.values():
+        if place != "disk":
+            _require_place(text, place)
+    return places
+
+
+def _require_place(device_map: str, place: str | int) -> None:
+    import torch
+
+    try:
+        torch.empty(1, device=torch.device(place)).cpu()  # a copy, because `meta` has nothing to copy
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"device map {device_map!r} names {place!r}, which cannot be used here ({_first_line(error)}): "
+            "give devices that are there, such as cpu, disk, 0 or cuda:0"
+        ) from error
+
+
+def _require_known_modules(model: PreTrainedModel, names: Iterable[str], device_map: str) -> None:
+    known = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+    for name in names:
+        if name not in known:
+            raise InputError(
+                f"device map {device_map!r} names {name!r}, which the model does not have: its modules are named as in "
+                f"{next(iter(decoder_layers(model)))}"
+            )
+
+
+def _require_attention(attention: str) -> None:
+    from transformers.utils import is_flash_attn_2_available
+
+    if attention == "flash_attention_2" and not is_flash_attn_2_available():
+        raise InputError(
+            "flash attention is not available here: install flash-attn on a machine with a CUDA GPU, "
+            "or leave out --use-flash-attention"
+        )
 
 
 def merge_in_memory(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +20,7 @@ from loki.architecture import shape_of
 from loki.errors import ArtefactError, OutputError
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 SAMPLES_PER_TENSOR = 1024
@@ -59,17 +60,44 @@ class ModelFingerprint:
 
 
 def fingerprint_model(model: nn.Module) -> ModelFingerprint:
-    """Fingerprint of a loaded model, from up to `SAMPLES_PER_TENSOR` elements of each parameter."""
+    """Fingerprint of a loaded model, from up to `SAMPLES_PER_TENSOR` elements of each parameter.
+
+    It is the same wherever the weights are, also where `accelerate` has put them aside.
+    """
     import torch
 
     hasher = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, parameter in _parameters(model):
         flat = parameter.detach().reshape(-1)
         step = max(1, -(-flat.numel() // SAMPLES_PER_TENSOR))
         hasher.update(f"{name}:{tuple(parameter.shape)}".encode())
         hasher.update(flat[::step].to("cpu", torch.float32).numpy().tobytes())
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return ModelFingerprint(str(shape_of(model)), hasher.hexdigest()[:16], dtype)
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and values of every parameter, in the order of `named_parameters`; tied ones once, at their first name.
+
+    Weights on another device, in the main memory or on the disk are fetched for one module at a time.
+    """
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        yield from model.named_parameters()
+        return
+    from accelerate.utils import align_module_device
+
+    # Weights put aside are tensors of their own under each name; that they are tied only the model knows.
+    sources = getattr(model, "all_tied_weights_keys", {})
+    known = set()
+    for place, module in model.named_modules():
+        if not any(True for _ in module.parameters(recurse=False)):
+            continue
+        with align_module_device(module):
+            for own_name, parameter in module.named_parameters(recurse=False):
+                name = f"{place}.{own_name}" if place else own_name
+                if sources.get(name, name) not in known:
+                    known.add(sources.get(name, name))
+                    yield name, parameter
 
 
 def compare_models(found: Mapping[str, str], expected: ModelFingerprint, *, what: str, strict: bool) -> str | None:
@@ -113,8 +141,10 @@ def require_writable_parent(path: Path) -> None:
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[Path]:
+def new_file(path: Path, *, aside: Path | None = None) -> Iterator[Path]:
     """Fill a file aside and put it in place of `path` only when the block ends without an error.
+
+    It is filled in the folder of `path`, or in `aside`, a folder of the same file system, made where it is missing.
 
     Raises:
         OutputError: the folder cannot be written or the disk is full; no partial file is left.
@@ -122,17 +152,21 @@ def new_file(path: Path) -> Iterator[Path]:
     require_writable_parent(path)
     temporary = None
     try:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        if aside is not None:
+            aside.mkdir(exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=aside or path.parent, prefix=f".{path.name}.")
         temporary = Path(name)
         os.close(descriptor)
         yield temporary
         temporary.chmod(0o644)
         temporary.replace(path)
+        temporary = None
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # the error that led here is the one to report
+                temporary.unlink()
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -29,7 +29,7 @@ class AnalyseSection(_Section):
     multiply_by_activation: bool = True
     site: SiteName = "auto"
     engine: EngineName = "branch"
-    batch_size: int = Field(default=6, ge=1)
+    batch_size: int = Field(default=4, ge=1)
 
     def settings(self) -> KVASettings:
         """In the library's own form.

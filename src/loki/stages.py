@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import ValidationError
 
-from loki.analysis.run import analyse, probe_prompts
+from loki.analysis.run import AnalysisOptions, analyse
 from loki.architecture import shape_of_config
 from loki.errors import ArtefactError, InputError
 from loki.evaluation.compare import compare_models
@@ -21,6 +21,7 @@ from loki.models import load_config, load_model, load_tokenizer, model_label, re
 from loki.progress import Track, silent
 from loki.prompts.function_calls import make_examples
 from loki.prompts.questions import load_probe
+from loki.prompts.sources import DatasetSpec, load_datasets
 from loki.reporting.html import ReportData, write_report
 from loki.results import Comparison, Result
 from loki.rows import RowSelection, meta_path
@@ -79,12 +80,12 @@ def analyse_stage(run: Run) -> Outcome:
     analyse(
         run.load_model(run.settings.model),
         load_tokenizer(run.settings.model, trust_remote_code=run.settings.trust_remote_code),
-        probe_prompts(),
+        load_datasets([DatasetSpec(chosen.prompts)]),
         chosen.settings(),
         run.directory / LOG_FILE,
         model_name=model_label(run.settings.model),
         prompt_set=chosen.prompts,
-        batch_size=chosen.batch_size,
+        options=AnalysisOptions(batch_size=chosen.batch_size),
         track=run.track,
     )
     with AttributionLog(run.directory / LOG_FILE) as log:

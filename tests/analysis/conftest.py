@@ -1,3 +1,4 @@
+import logging
 from collections.abc import Callable
 
 import pytest
@@ -54,3 +55,12 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def no_fallback(caplog):
+    """The branch engine itself must have served: no warning that it could not."""
+    caplog.set_level(logging.WARNING)
+    yield
+    # `caplog.records` has only those of the phase that asks.
+    assert [record.message for record in caplog.get_records("call") if record.name.startswith("loki")] == []

@@ -18,6 +18,7 @@ def test_defaults_are_those_of_the_published_positions():
         "multiply_by_activation": True,
         "site": "auto",
         "engine": "branch",
+        "site_module": "down_proj",
     }
 
 

@@ -1,5 +1,6 @@
 """The command line, run in this process."""
 
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,11 @@ class Done:
 def loki(monkeypatch, capsys) -> Callable[..., Done]:
     """`loki("train", "--steps", 3)` gives exit code, standard output and standard error."""
     from loki.cli.main import run
+
+    logger = logging.getLogger("loki")
+    # The command sets them up for a process of its own.
+    monkeypatch.setattr(logger, "handlers", list(logger.handlers))
+    monkeypatch.setattr(logger, "level", logger.level)
 
     def call(*arguments) -> Done:
         monkeypatch.setattr(sys, "argv", ["loki", *map(str, arguments)])

@@ -94,7 +94,7 @@ def test_an_empty_log_is_refused(path, shape):
     refused(path, rf"is empty \({shape[0]}, {shape[1]}, {shape[2]}\): analyse at least one prompt")
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None])
 def test_an_unknown_schema_is_refused(path, make_header, version):
     write(path, header=json.dumps(make_header().as_dict() | {"schema_version": version}))
     refused(path, rf"has schema {version!r}, this version reads {schema.SCHEMA_VERSION}: make it again")
@@ -102,10 +102,16 @@ def test_an_unknown_schema_is_refused(path, make_header, version):
 
 @pytest.mark.parametrize(
     "header",
-    ["", "{", "[]", "3", "null", '{"model": {}}', '{"schema_version": 1}', '{"schema_version": 1, "color": "red"}', 7],
+    ["", "{", "[]", "3", "null", '{"model": {}}', '{"schema_version": 2}', '{"schema_version": 2, "color": "red"}', 7],
 )
 def test_a_damaged_header_is_refused(path, header):
     write(path, header=header)
+    refused(path, "has a damaged header: make it again")
+
+
+@pytest.mark.parametrize("shard", ["3/2", "half", 2])
+def test_a_header_of_an_impossible_shard_is_refused(path, make_header, shard):
+    write(path, header=json.dumps(make_header().as_dict() | {"shard": shard}))
     refused(path, "has a damaged header: make it again")
 
 
@@ -159,6 +165,73 @@ def test_a_log_of_the_public_implementation_is_read(path):
         assert scores_NLD.dtype == np.float32
         np.testing.assert_array_equal(scores_NLD, SCORES_NLD.astype(np.float16).astype(np.float32))
         assert log.column(schema.TARGET_IDS) is None
+
+
+def test_a_log_of_the_public_implementation_does_not_say_which_prompts_it_has(path):
+    write(path)
+    with AttributionLog(path) as log, pytest.raises(ArtefactError, match="has no header that says what made it, as"):
+        log.prompts()
+
+
+def test_prompts_are_given_with_their_places(path, scores):
+    scores.write_log(path, places=[4, 1, 2], shard="1/2")
+    with AttributionLog(path) as log:
+        index_N, ids = log.prompts()
+    np.testing.assert_array_equal(index_N, [1, 2, 4])
+    assert ids == ["prompt/1é", "prompt/2é", "prompt/4é"]
+
+
+def put(file, name, values, **options):
+    del file[name]
+    file.create_dataset(name, data=values, **options)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.__delitem__("prompt_index"),
+        lambda file: file.__delitem__("prompt_ids"),
+        lambda file: put(file, "prompt_index", [0, 1, 2, 3]),
+        lambda file: put(file, "prompt_index", [0.0, 1.0, 2.0, 3.0, 4.0]),
+        lambda file: put(file, "prompt_index", [-1, 1, 2, 3, 4]),
+        lambda file: put(file, "prompt_index", [0, 1, 2, 3, 5]),
+        lambda file: put(file, "prompt_index", [0, 1, 1, 3, 4]),
+        lambda file: put(file, "prompt_index", [0, 2, 1, 3, 4]),
+        lambda file: put(file, "prompt_ids", ["a"] * 4, dtype=h5py.string_dtype()),
+        lambda file: put(file, "prompt_ids", [1, 2, 3, 4, 5]),
+        lambda file: put(file, "prompt_ids", [b"\xff"] * 5, dtype=h5py.string_dtype()),
+        lambda file: file.attrs.modify(
+            "header", file.attrs["header"].replace('"num_prompts": 5', '"num_prompts": null')
+        ),
+        lambda file: file.attrs.modify("header", file.attrs["header"].replace('"num_prompts": 5', '"num_prompts": 4')),
+    ],
+    ids=[
+        "no places",
+        "no ids",
+        "too few places",
+        "fractions",
+        "below zero",
+        "beyond the set",
+        "twice",
+        "not ascending",
+        "too few ids",
+        "ids that are no text",
+        "ids that are no UTF-8",
+        "size unknown",
+        "size too small",
+    ],
+)
+def test_a_damaged_table_of_prompts_is_refused(path, scores, damage):
+    scores.write_log(path)
+    with h5py.File(path, "r+") as file:
+        damage(file)
+    with AttributionLog(path) as log, pytest.raises(ArtefactError, match="is damaged in its table of prompts: make it"):
+        log.prompts()
+
+
+def test_a_path_that_the_file_system_refuses_is_one_line(tmp_path):
+    with pytest.raises(ArtefactError, match="cannot be read: File name too long"):
+        AttributionLog(tmp_path / ("x" * 300))
 
 
 def test_a_log_is_closed_after_use(path):

@@ -9,8 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from loki.architecture import shape_of
 from loki.errors import ArtefactError, InputError, OutputError
+from loki.log.assembly import write_header
 from loki.log.schema import LogHeader
-from loki.log.writer import write_header
 from loki.provenance import fingerprint_model
 from loki.rows import RowSelection, load_meta
 from loki.selection.run import check_model, default_positions_dir, default_positions_name, select_to_file
@@ -166,12 +166,13 @@ def test_positions_without_provenance_are_not_checked(tmp_path, model):
         ("owner/Model-1B", "Model-1B"),
         ("/models/tiny/", "tiny"),
         ("SmolLM2-135M-Instruct (Q4_1, dequantised)", "SmolLM2-135M-Instruct"),
-        ("../..", "kva"),
-        ("", "kva"),
+        ("../..", "a-model"),
+        ("", "a-model"),
     ],
 )
 def test_the_default_folder_is_named_after_the_model(tmp_path, model_name, folder):
-    path = tmp_path / "kva.h5"
+    path = tmp_path / "a-model" / "kva.h5"
+    path.parent.mkdir()
     with h5py.File(path, "w") as file:
         file.create_dataset("dataset", data=SCORES_NLD)
         write_header(file, LogHeader({}, model_name, "probe", {}, *SCORES_NLD.shape[1:]))

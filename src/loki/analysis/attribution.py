@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,10 +11,13 @@ import torch
 from torch import nn
 
 from loki.analysis import branch, recompute
+from loki.analysis.length_scaling import depends_on_length, forget_lengths
+from loki.analysis.memory import default_max_branches
 from loki.analysis.path import Path, PromptAttribution
+from loki.analysis.prefill import PaddedPrompts, UnsupportedByBranchError
 from loki.analysis.settings import KVASettings
-from loki.architecture import attribution_sites
-from loki.choices import EngineName, Objective, Rule, SiteName
+from loki.architecture import attribution_sites, decoder_layers, text_config
+from loki.choices import EngineName, ModuleName, Objective, Rule, SiteName
 from loki.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -43,22 +46,28 @@ def attribute(
     multiply_by_activation: bool = True,
     site: SiteName = "auto",
     engine: EngineName = "branch",
+    site_module: ModuleName = "down_proj",
     target_ids: torch.Tensor | None = None,
     completeness: bool = False,
+    batch_size: int = 1,
+    max_branches: int | None = None,
 ) -> AttributionResult:
     """Attribute each prompt's next-token prediction to the rows of every down-projection (LoKI section 3.1).
 
     `input_ids` is (N, T) int64; `attention_mask` (N, T) marks real tokens with 1 and padding, on either side,
-    with 0. Prompts are attributed one at a time, so padding changes nothing. `target_ids` (N,) chooses the
-    tokens to attribute instead of those predicted. With `completeness` the gap is computed for rules that have
-    no node at 0 too, at the cost of one more evaluation a layer. The model's mode, gradients and hooks are
-    as before afterwards, whatever happens.
+    with 0. `target_ids` (N,) chooses the tokens to attribute instead of those predicted. With `completeness`
+    the gap is computed for rules that have no node at 0 too, at the cost of one more evaluation a layer.
+    `batch_size` prompts go through the model together, and at most `max_branches` branches at once (as many as
+    fit into `loki.analysis.memory.BRANCH_BYTES` when left out): neither changes a score by more than rounding.
+    The model's mode, gradients and hooks are as before afterwards, whatever happens.
 
     Raises:
         InputError: an unknown setting, empty prompts, or shapes that do not agree.
         ArchitectureError: the model's down-projections cannot be found.
     """
-    settings = KVASettings(rule, steps, objective, multiply_by_activation, site, engine)
+    settings = KVASettings(rule, steps, objective, multiply_by_activation, site, engine, site_module)
+    if batch_size < 1:
+        raise InputError(f"batch size {batch_size} is not possible: give 1 or more")
     prompts = _strip_padding(input_ids, attention_mask)
     if target_ids is not None and target_ids.shape != (len(prompts),):
         raise InputError(
@@ -66,8 +75,16 @@ def attribute(
         )
     targets = [None] * len(prompts) if target_ids is None else [int(t) for t in target_ids]
     results = [
-        attribute_prompt(model, ids_T, settings, target_id=target, completeness=completeness)
-        for ids_T, target in zip(prompts, targets, strict=True)
+        result
+        for start in range(0, len(prompts), batch_size)
+        for result in attribute_prompts(
+            model,
+            prompts[start : start + batch_size],
+            settings,
+            target_ids=targets[start : start + batch_size],
+            completeness=completeness,
+            max_branches=max_branches,
+        )
     ]
     gaps = [result.completeness_gap_L for result in results]
     return AttributionResult(
@@ -77,27 +94,84 @@ def attribute(
     )
 
 
-def attribute_prompt(
+def attribute_prompts(
     model: nn.Module,
-    input_ids_T: torch.Tensor,
+    prompts: Sequence[torch.Tensor],
     settings: KVASettings,
     *,
-    target_id: int | None = None,
+    target_ids: Sequence[int | None] | None = None,
     completeness: bool = False,
-) -> PromptAttribution:
-    """Attribution of one prompt (T,) without padding; falls back to `recompute` where branches cannot serve."""
-    _, sites = attribution_sites(model, settings.site)
-    if target_id is not None:
+    max_branches: int | None = None,
+) -> list[PromptAttribution]:
+    """Attribution of prompts (T,) without padding, as one batch; `recompute` serves where branches cannot.
+
+    Raises:
+        InputError: a target token that the model does not have, or `max_branches` below 1.
+        ArchitectureError: as `attribution_sites`.
+    """
+    layers = list(decoder_layers(model).values())
+    _, sites = attribution_sites(model, settings.site, settings.site_module)
+    targets: Sequence[int | None] = [None] * len(prompts) if target_ids is None else target_ids
+    for target_id in targets:
         _require_token(model, target_id)
     path = Path.of(settings, completeness=completeness)
-    ids_T = input_ids_T.to(next(model.parameters()).device)
+    if max_branches is not None and max_branches < 1:
+        raise InputError(f"max_branches {max_branches} is not possible: give 1 or more")
+    results: dict[int, PromptAttribution] = {}
     with _frozen(model):
-        if settings.engine == "branch":
-            try:
-                return branch.attribute_prompt(model, ids_T, sites, path, settings, target_id)
-            except branch.UnsupportedByBranchError as reason:
-                logger.warning("the branch engine cannot serve this model: %s; using recompute", reason)
-        return recompute.attribute_prompt(model, ids_T, sites, path, settings, target_id)
+        for batch in _batches_of_one_scale(model, prompts):
+            forget_lengths(model)
+            found = _attribute_batch(
+                model,
+                [prompts[index].to(_input_device(model)) for index in batch],
+                layers,
+                sites,
+                path,
+                settings,
+                [targets[index] for index in batch],
+                max_branches,
+            )
+            results.update(zip(batch, found, strict=True))
+    return [results[index] for index in range(len(prompts))]
+
+
+def _attribute_batch(
+    model: nn.Module,
+    prompts: Sequence[torch.Tensor],
+    layers: Sequence[nn.Module],
+    sites: Sequence[nn.Module],
+    path: Path,
+    settings: KVASettings,
+    target_ids: Sequence[int | None],
+    max_branches: int | None,
+) -> list[PromptAttribution]:
+    if settings.engine == "branch":
+        longest = max(len(ids_T) for ids_T in prompts)
+        limit = max_branches or default_max_branches(model, len(path.alphas), len(prompts), longest)
+        try:
+            return branch.attribute_batch(
+                model, PaddedPrompts.of(prompts), layers, sites, path, settings, target_ids, limit
+            )
+        except UnsupportedByBranchError as reason:
+            logger.warning("the branch engine cannot serve this model: %s; using recompute", reason)
+    return [
+        recompute.attribute_prompt(model, ids_T, sites, path, settings, target_id)
+        for ids_T, target_id in zip(prompts, target_ids, strict=True)
+    ]
+
+
+def _batches_of_one_scale(model: nn.Module, prompts: Sequence[torch.Tensor]) -> list[list[int]]:
+    """Indices of prompts that may share a batch: all, or those of one length where that scales their positions."""
+    if not depends_on_length(model):
+        return [list(range(len(prompts)))]
+    lengths = [len(ids_T) for ids_T in prompts]
+    return [[index for index, found in enumerate(lengths) if found == length] for length in dict.fromkeys(lengths)]
+
+
+def _input_device(model: nn.Module) -> torch.device:
+    """Where token ids go; the hooks of an offloaded model bring them to where its weights will be."""
+    device = next(model.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 @contextmanager
@@ -118,9 +192,9 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _require_token(model: nn.Module, token_id: int) -> None:
-    num_tokens: int = getattr(model.config, "vocab_size")  # noqa: B009  (nn.Module has no typed attributes)
-    if not 0 <= token_id < num_tokens:
+def _require_token(model: nn.Module, token_id: int | None) -> None:
+    num_tokens: int = text_config(model.config).vocab_size
+    if token_id is not None and not 0 <= token_id < num_tokens:
         raise InputError(f"target token {token_id} does not exist: the model's tokens are 0 to {num_tokens - 1}")
 
 

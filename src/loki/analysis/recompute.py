@@ -6,10 +6,12 @@ Slow, and the oracle for `branch`. It works for every model whose attribution si
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import nn
 
+from loki.analysis.hooks import hooked
 from loki.analysis.objective import objective_values
 from loki.analysis.path import Path, PromptAttribution, combine
 from loki.analysis.settings import KVASettings
@@ -25,15 +27,12 @@ def attribute_prompt(
 ) -> PromptAttribution:
     """Attribution of one prompt without padding; parameters of `model` must be frozen."""
     activations: list[torch.Tensor] = []
-    handles = [
-        site.register_forward_hook(lambda _m, _i, output: activations.append(output[0, -1].detach())) for site in sites
-    ]
-    try:
-        with torch.no_grad():
-            logits_1V = _last_logits(model, input_ids_T)
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    def keep(_module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
+        activations.append(output[0, -1].detach().clone())  # Falcon adds to the output in place
+
+    with torch.no_grad(), hooked([(site, "after", keep) for site in sites]):
+        logits_1V = _last_logits(model, input_ids_T)
     target = int(logits_1V.argmax()) if target_id is None else target_id
     unmodified = float(objective_values(logits_1V, target, settings.objective))
 
@@ -41,11 +40,8 @@ def attribute_prompt(
     for site, activation_D in zip(sites, activations, strict=True):
         for alpha in path.alphas:
             leaf_D = (alpha * activation_D).requires_grad_()
-            handle = site.register_forward_hook(_replace_last_output(leaf_D))
-            try:
+            with hooked([(site, "after", partial(_replace_last, leaf_D))]):
                 value = objective_values(_last_logits(model, input_ids_T), target, settings.objective).sum()
-            finally:
-                handle.remove()
             gradients.append(torch.autograd.grad(value, leaf_D)[0])
             values.append(value.detach())
     num_layers, num_nodes = len(sites), len(path.alphas)
@@ -60,14 +56,9 @@ def attribute_prompt(
     )
 
 
-class _replace_last_output:  # noqa: N801  (a hook with a value, used like a function)
-    """Forward hook that puts `leaf_D` in place of the output at the last position."""
-
-    def __init__(self, leaf_D: torch.Tensor) -> None:
-        self.leaf_D = leaf_D
-
-    def __call__(self, _module: nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
-        return torch.cat([output[:, :-1], self.leaf_D.expand(1, 1, -1)], dim=1)
+def _replace_last(leaf_D: torch.Tensor, _module: nn.Module, _args: object, output_1TD: torch.Tensor) -> torch.Tensor:
+    """Hook that puts `leaf_D` in place of the output at the last position."""
+    return torch.cat([output_1TD[:, :-1], leaf_D.expand(1, 1, -1)], dim=1)
 
 
 def _last_logits(model: nn.Module, input_ids_T: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import get_args
 
-from loki.choices import EngineName, Objective, Rule, SiteName
+from loki.choices import EngineName, ModuleName, Objective, Rule, SiteName
 from loki.errors import InputError
 
 
@@ -25,6 +25,8 @@ class KVASettings:
     """Which output is scaled; see `loki.architecture.attribution_sites`."""
     engine: EngineName = "branch"
     """`branch` (fast, exact) or `recompute` (the plain definition)."""
+    site_module: ModuleName = "down_proj"
+    """Whose rows are attributed: the feed-forward block's output projection, or attention's."""
 
     def __post_init__(self) -> None:
         for name, value, accepted in (
@@ -32,6 +34,7 @@ class KVASettings:
             ("objective", self.objective, get_args(Objective)),
             ("site", self.site, get_args(SiteName)),
             ("engine", self.engine, get_args(EngineName)),
+            ("site_module", self.site_module, get_args(ModuleName)),
         ):
             if value not in accepted:
                 raise InputError(f"{name} {value!r} is unknown: choose one of {', '.join(accepted)}")

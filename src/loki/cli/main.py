@@ -16,6 +16,7 @@ from loki.cli.analyse import analyse
 from loki.cli.demo import demo
 from loki.cli.evaluate import evaluate
 from loki.cli.merge import merge
+from loki.cli.merge_logs import merge_logs
 from loki.cli.report import report
 from loki.cli.run import run as run_command
 from loki.cli.select_nodes import select_nodes
@@ -24,6 +25,7 @@ from loki.errors import LokiError
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+INTERRUPTED_MESSAGE = "interrupted; the same command goes on where it stopped"
 
 app = typer.Typer(
     help="Fine-tune a language model without it forgetting: analyse, select, implant, and prove it.",
@@ -34,6 +36,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command("run")(run_command)
 app.command()(analyse)
+app.command()(merge_logs)
 app.command()(select_nodes)
 app.command()(train)
 app.command()(merge)
@@ -72,7 +75,7 @@ def run() -> None:
             raise
         _stop(str(error), BAD_INPUT)
     except KeyboardInterrupt:
-        _stop("interrupted; the same command goes on where it stopped", INTERRUPTED)
+        _stop(INTERRUPTED_MESSAGE, INTERRUPTED)
     except Exception as error:
         # Click's own exceptions; Typer carries a copy of Click, so they are known by what they offer.
         if not hasattr(error, "format_message"):
@@ -80,6 +83,8 @@ def run() -> None:
         context = getattr(error, "ctx", None)
         where = context.command_path if context is not None else "loki"
         _stop(f"{error.format_message()} (see `{where} --help`)", BAD_INPUT)
+    if code == INTERRUPTED:  # how Typer tells of a KeyboardInterrupt
+        _stop(INTERRUPTED_MESSAGE, INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -90,12 +95,13 @@ def _with_hyphens(argument: str) -> str:
 
 def _set_up_messages(*, debug: bool) -> None:
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    logging.addLevelName(logging.WARNING, "warning")
-    logging.addLevelName(logging.INFO, "note")
+    handler.setFormatter(logging.Formatter("%(kind)s: %(message)s"))
+    handler.addFilter(_name_kind)
     logger = logging.getLogger("loki")
     logger.handlers = [handler]
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    # Prompts differ in length, so bfloat16 on a CPU meets more shapes than oneDNN keeps kernels for by default.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
     if not debug:
         warnings.simplefilter("ignore")
         for variable, value in {
@@ -105,6 +111,12 @@ def _set_up_messages(*, debug: bool) -> None:
             "TQDM_DISABLE": "1",
         }.items():
             os.environ.setdefault(variable, value)
+
+
+def _name_kind(record: logging.LogRecord) -> bool:
+    """What users call a message of this level; every record is shown."""
+    record.kind = "note" if record.levelno == logging.INFO else record.levelname.lower()
+    return True
 
 
 def _stop(message: str, code: int) -> None:

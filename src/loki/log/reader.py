@@ -10,7 +10,7 @@ from types import TracebackType
 import h5py
 import numpy as np
 
-from loki.errors import ArtefactError
+from loki.errors import ArtefactError, InputError
 from loki.log import schema
 from loki.log.schema import LogHeader
 
@@ -27,7 +27,11 @@ class AttributionLog:
             ArtefactError: missing, not HDF5, truncated, without prompts, or of an unknown schema.
         """
         self.path = Path(path)
-        if not self.path.is_file():
+        try:
+            found = self.path.is_file()
+        except OSError as error:
+            raise ArtefactError(f"attribution log {self.path} cannot be read: {error.strerror}") from error
+        if not found:
             raise ArtefactError(f"attribution log {self.path} does not exist: make it with `loki analyse`")
         try:
             self._file = h5py.File(self.path, "r")
@@ -86,6 +90,30 @@ class AttributionLog:
         except (OSError, RuntimeError) as error:
             raise ArtefactError(f"attribution log {self.path} is damaged in {name!r}: make it again") from error
 
+    def prompts(self) -> tuple[np.ndarray, list[str]]:
+        """Of each prompt its place in the whole prompt set, (N,) int64 ascending, and its id.
+
+        Raises:
+            ArtefactError: a log of the public implementation, which does not say, or a damaged one.
+        """
+        if self.header is None:
+            raise ArtefactError(
+                f"attribution log {self.path} has no header that says what made it, as logs of the public "
+                "implementation: make it again with `loki analyse`"
+            )
+        index_N, ids, whole = self.column(schema.PROMPT_INDEX), self.column(schema.PROMPT_IDS), self.header.num_prompts
+        damaged = ArtefactError(f"attribution log {self.path} is damaged in its table of prompts: make it again")
+        if index_N is None or ids is None or not isinstance(whole, int):
+            raise damaged
+        if index_N.dtype != np.int64 or ids.dtype != object or not index_N.shape == ids.shape == (self.num_prompts,):
+            raise damaged
+        if index_N[0] < 0 or index_N[-1] >= whole or (np.diff(index_N) <= 0).any():
+            raise damaged
+        try:
+            return index_N, [text.decode() for text in ids]
+        except UnicodeDecodeError as error:
+            raise damaged from error
+
     def _checked_scores(self) -> h5py.Dataset:
         scores = self._file.get(schema.SCORES)
         if not isinstance(scores, h5py.Dataset) or scores.ndim != 3 or scores.dtype.kind != "f":
@@ -113,7 +141,7 @@ class AttributionLog:
             )
         try:
             header = LogHeader(**values)
-        except TypeError as error:
+        except (TypeError, InputError) as error:
             raise ArtefactError(f"attribution log {self.path} has a damaged header: make it again") from error
         if (header.num_layers, header.num_rows) != self._scores.shape[1:]:
             raise ArtefactError(

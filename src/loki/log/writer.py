@@ -1,35 +1,30 @@
 """Writing an attribution log so that no fault can spoil what is done.
 
-Each batch becomes a part file of its own in `<name>.parts/`, written aside and renamed, with its digest in
-its name. The HDF5 file is assembled from the parts at the end. A run that stopped goes on behind the parts
-that are whole; a run with other settings or prompts is refused.
+Each batch becomes a part file in `<name>.parts/`. The HDF5 file is assembled from the parts at the end. A run
+that stopped goes on with the batches that are missing; a run with other settings, prompts or batches is refused.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
-import os
-import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
-import h5py
 import numpy as np
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
 
-from loki.errors import ArtefactError, InputError
+from loki.errors import ArtefactError, InputError, OutputError
 from loki.log import schema
+from loki.log.assembly import Piece, sync_folder, write_log
+from loki.log.parts import Parts
+from loki.log.reader import AttributionLog
 from loki.log.schema import LogHeader
-from loki.provenance import digest, new_file, read_json, require_writable_parent, write_bytes, write_json
+from loki.provenance import digest, new_file, require_writable_parent
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Scores of some consecutive prompts."""
+    """What attribution computes for the prompts of one batch, in their order; its columns are in `schema.COLUMNS`."""
 
     scores_NLD: np.ndarray  # noqa: N815
     """Attribution scores (N, L, D)."""
@@ -42,167 +37,161 @@ class Batch:
 
 
 class LogWriter:
-    """Collects batches of one log; `finish` makes the HDF5 file and removes the parts."""
+    """Collects batches of one log; `finish` makes the HDF5 file and removes the parts.
 
-    def __init__(self, path: Path, header: LogHeader, prompt_ids: Sequence[str], batch_size: int) -> None:
+    Several processes may each have a writer of the same log and write different batches of it.
+    """
+
+    def __init__(
+        self, path: Path, header: LogHeader, prompt_ids: Sequence[str], batches: Sequence[Sequence[int]]
+    ) -> None:
         """Open a new log or go on with an unfinished one.
 
+        `prompt_ids` are those of the whole prompt set, also for a shard. `batches` is the plan: for each batch the
+        places of its prompts in `prompt_ids`, in the order in which their scores will come. A plan has every prompt
+        once, a shard's plan those of the shard; it must not depend on where a run stopped.
+
         Raises:
-            InputError: no prompts, or a batch size below 1.
-            ArtefactError: an unfinished log of other settings, prompts or batch size stands there.
-            OutputError: the folder cannot be written.
+            InputError: no prompts.
+            ValueError: the plan has an empty batch, a prompt twice, one that is not there, or not all of them.
+            ArtefactError: an unfinished log of other settings, prompts or batches stands there.
+            OutputError: another file stands at `path`, or the folder cannot be written.
         """
-        if not prompt_ids:
-            raise InputError("there are no prompts to analyse: give at least one")
-        if batch_size < 1:
-            raise InputError(f"batch size {batch_size} is not possible: give 1 or more")
         self.path = path
-        self.header = header
+        self.header = replace(header, num_prompts=len(prompt_ids))
         self.prompt_ids = list(prompt_ids)
-        self.batch_size = batch_size
+        self.batches = [[int(place) for place in batch] for batch in batches]
+        self._require_plan()
+        self._prompt_index_N = np.sort(np.fromiter(chain(*self.batches), np.int64))
         self.parts_directory = path.with_name(path.name + ".parts")
-        self._manifest = {
-            **header.identity(),
-            "prompt_ids": digest(self.prompt_ids),
-            "num_prompts": len(self.prompt_ids),
-            "batch_size": batch_size,
-        }
-        manifest_path = self.parts_directory / "manifest.json"
+        self._parts = Parts(
+            self.parts_directory,
+            {
+                **self.header.identity(),
+                "shard": header.shard,
+                "prompt_ids": digest(self.prompt_ids),
+                "batch_size": max(map(len, self.batches)),
+                "batches": digest(self.batches),
+            },
+        )
         require_writable_parent(path)
-        if manifest_path.exists():
-            found = read_json(manifest_path, what="manifest of the unfinished log")
-            if found != self._manifest:
-                changed = sorted(key for key in self._manifest if found.get(key) != self._manifest[key])
-                raise ArtefactError(
-                    f"{self.parts_directory} holds an unfinished log of other {', '.join(changed)}: "
-                    "run with the same settings to finish it, or remove that folder"
-                )
-        else:
-            write_json(manifest_path, self._manifest)
+        unfinished = self._parts.exist()
+        self.finished = self._is_in_place()
+        """Whether the log is in place already, whole and of equal settings: `finish` has only to tidy up."""
+        if not unfinished and not self.finished:
+            self._parts.create()
 
     @property
     def num_batches(self) -> int:
-        """Batches of the whole log."""
-        return -(-len(self.prompt_ids) // self.batch_size)
+        """Batches of the whole log, of all processes together."""
+        return len(self.batches)
 
-    def missing_batches(self) -> list[int]:
-        """Batches that have no whole part file yet."""
-        return [index for index in range(self.num_batches) if self._read_part(index) is None]
+    def missing_batches(self, rank: int = 0, num_ranks: int = 1) -> list[int]:
+        """Batches that have no whole part file yet, of those that fall to one of several processes.
 
-    def batch_slice(self, index: int) -> slice:
-        """Which prompts are in a batch; it depends on their order only, never on where a run stopped."""
-        return slice(index * self.batch_size, min((index + 1) * self.batch_size, len(self.prompt_ids)))
+        Raises:
+            ArtefactError: the folder of parts cannot be read.
+        """
+        if not 0 <= rank < num_ranks:
+            raise ValueError(f"rank {rank} of {num_ranks} is not possible")
+        return [] if self.finished else self._parts.missing(range(rank, self.num_batches, num_ranks))
 
     def write_batch(self, index: int, batch: Batch) -> None:
         """Keep the scores of one batch.
 
         Raises:
             InputError: a score is not finite, in the log's own dtype.
-            ValueError: not as many prompts as the batch has.
+            ValueError: no such batch, or a column has not the shape that the plan and the header tell.
             OutputError: the part cannot be written; parts written before stay whole.
         """
-        prompts = self.batch_slice(index)
-        if any(len(column) != prompts.stop - prompts.start for column in vars(batch).values()):
-            raise ValueError(f"batch {index} has {prompts.stop - prompts.start} prompts, not {len(batch.scores_NLD)}")
-        with np.errstate(over="ignore"):
-            scores_NLD = np.ascontiguousarray(batch.scores_NLD, dtype=self.header.dtype)
-        bad = ~np.isfinite(scores_NLD)
+        if not 0 <= index < self.num_batches:
+            raise ValueError(f"batch {index} is not one of {self.num_batches}")
+        tensors = {}
+        for column in schema.COLUMNS:
+            values = getattr(batch, column.attribute)
+            shape = column.shape_in(self.header, len(self.batches[index]))
+            if values.shape != shape:
+                raise ValueError(f"{column.attribute} of batch {index} has shape {values.shape}, not {shape}")
+            with np.errstate(over="ignore"):
+                tensors[column.name] = np.ascontiguousarray(values, dtype=column.dtype_in(self.header))
+        bad = ~np.isfinite(tensors[schema.SCORES])
         if bad.any():
             n, layer, row = (int(i) for i in np.argwhere(bad)[0])
             raise InputError(
-                f"attribution of prompt {self.prompt_ids[prompts.start + n]!r} is not finite at layer {layer}, "
+                f"attribution of prompt {self.prompt_ids[self.batches[index][n]]!r} is not finite at layer {layer}, "
                 f"row {row}: the model's activations overflow in this dtype; use float32 or bfloat16"
             )
-        content = save_tensors(
-            {
-                schema.SCORES: scores_NLD,
-                schema.TARGET_IDS: batch.target_ids_N.astype(np.int64),
-                schema.NUM_TOKENS: batch.num_tokens_N.astype(np.int64),
-                schema.COMPLETENESS_GAPS: batch.completeness_gaps_NL.astype(np.float32),
-            }
-        )
-        write_bytes(self._part_name(index, _checksum(content)), content)
+        self._parts.write(index, tensors)
 
     def finish(self) -> None:
         """Assemble the HDF5 file from all parts, put it in place, remove the parts.
 
+        Of several processes one calls this, when all have written their batches.
+
         Raises:
-            ArtefactError: a part is missing.
+            ArtefactError: a part is missing or damaged.
             OutputError: the file cannot be written; the parts stay.
         """
-        missing = self.missing_batches()
-        if missing:
-            raise ArtefactError(
-                f"{self.parts_directory} lacks {len(missing)} of {self.num_batches} batches: run the analysis again"
+        if not self.finished:
+            names = self._parts.names()
+            lacking = set(range(self.num_batches)) - names.keys()
+            if lacking:
+                raise self._lacking(lacking)
+            self._parts.clear_unfinished()
+            ids = [self.prompt_ids[place] for place in self._prompt_index_N]
+            with new_file(self.path, aside=self.parts_directory) as temporary:
+                write_log(temporary, self.header, ids, self._prompt_index_N, self._pieces(names))
+            self.finished = True
+        sync_folder(self.path.parent)
+        self._parts.remove()
+
+    def _pieces(self, names: dict[int, list[str]]) -> Iterator[Piece]:
+        for index, batch in enumerate(self.batches):
+            tensors = self._parts.read(index, names[index])
+            if tensors is None:
+                raise self._lacking({index})
+            yield np.searchsorted(self._prompt_index_N, batch), tensors
+
+    def _lacking(self, known: set[int]) -> ArtefactError:
+        num_lacking = len(known.union(self.missing_batches()))
+        return ArtefactError(
+            f"{self.parts_directory} lacks {num_lacking} of {self.num_batches} batches: "
+            "run the analysis again to add them; several processes must share this folder, "
+            "those that cannot take --shard and `loki merge-logs`"
+        )
+
+    def _require_plan(self) -> None:
+        if not self.prompt_ids:
+            raise InputError("there are no prompts to analyse: give at least one")
+        places = sorted(chain(*self.batches))
+        if not places and self.header.shard is not None:
+            raise InputError(
+                f"shard {self.header.shard} has none of the {len(self.prompt_ids)} prompts: use fewer shards"
             )
-        with new_file(self.path) as temporary:
-            _require_room(temporary, self._expected_bytes())
-            self._assemble(temporary)
-        shutil.rmtree(self.parts_directory)
+        everything = list(range(len(self.prompt_ids)))
+        if self.header.shard is None and places != everything:
+            raise ValueError(f"the batches are not a partition of {len(everything)} prompts")
+        if not all(self.batches) or len(set(places)) < len(places) or not set(places) <= set(everything):
+            raise ValueError(f"the batches of shard {self.header.shard} have a prompt twice, an unknown one, or none")
 
-    def _expected_bytes(self) -> int:
-        """More than the HDF5 file will take: scores, columns, the names of prompts, and HDF5's own tables."""
-        header, num_prompts = self.header, len(self.prompt_ids)
-        scores = np.dtype(header.dtype).itemsize * header.num_layers * header.num_rows
-        names = sum(len(name.encode()) for name in self.prompt_ids)
-        return num_prompts * (scores + 4 * header.num_layers + 256) + names + 2**18
+    def _is_in_place(self) -> bool:
+        """Whether this very log is at `path`, as after a run that was killed while it removed the parts.
 
-    def _assemble(self, path: Path) -> None:
-        num_prompts, header = len(self.prompt_ids), self.header
-        with h5py.File(path, "w") as file:
-            scores = file.create_dataset(
-                schema.SCORES,
-                shape=(num_prompts, header.num_layers, header.num_rows),
-                dtype=header.dtype,
-                chunks=(1, header.num_layers, header.num_rows),
-            )
-            columns = {
-                schema.TARGET_IDS: file.create_dataset(schema.TARGET_IDS, shape=(num_prompts,), dtype="int64"),
-                schema.NUM_TOKENS: file.create_dataset(schema.NUM_TOKENS, shape=(num_prompts,), dtype="int64"),
-                schema.COMPLETENESS_GAPS: file.create_dataset(
-                    schema.COMPLETENESS_GAPS, shape=(num_prompts, header.num_layers), dtype="float32"
-                ),
-            }
-            file.create_dataset(schema.PROMPT_IDS, data=self.prompt_ids, dtype=h5py.string_dtype())
-            for index in range(self.num_batches):
-                part = self._read_part(index)
-                assert part is not None, "finish() checked that every part is there"
-                prompts = self.batch_slice(index)
-                scores[prompts] = part[schema.SCORES]
-                for name, column in columns.items():
-                    column[prompts] = part[name]
-            write_header(file, header)
-
-    def _part_name(self, index: int, checksum: str) -> Path:
-        return self.parts_directory / f"batch-{index:06d}-{checksum}.safetensors"
-
-    def _read_part(self, index: int) -> dict[str, np.ndarray] | None:
-        """A batch's tensors, or None where no part with the right checksum exists."""
-        for file in self.parts_directory.glob(f"batch-{index:06d}-*.safetensors"):
-            content = file.read_bytes()
-            if file == self._part_name(index, _checksum(content)):
-                return dict(load_tensors(content))
-        return None
-
-
-def write_header(file: h5py.File, header: LogHeader) -> None:
-    """Put the header into an open HDF5 file."""
-    file.attrs[schema.HEADER] = json.dumps(header.as_dict(), sort_keys=True)
-
-
-def _require_room(path: Path, num_bytes: int) -> None:
-    """Reserve the space that a file will need, and give it back: HDF5 may crash when a write fails.
-
-    Raises:
-        OSError: the disk has no such room.
-    """
-    if hasattr(os, "posix_fallocate"):
-        with path.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, num_bytes)
-            file.truncate(0)
-    elif shutil.disk_usage(path.parent).free < num_bytes:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _checksum(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
+        Raises:
+            OutputError: something else is.
+        """
+        if not self.path.exists():
+            return False
+        try:
+            with AttributionLog(self.path) as log:
+                index_N, ids = log.prompts()
+                if (
+                    log.header is not None
+                    and (log.header.identity(), log.header.shard) == (self.header.identity(), self.header.shard)
+                    and np.array_equal(index_N, self._prompt_index_N)
+                    and ids == [self.prompt_ids[place] for place in index_N]
+                ):
+                    return True
+        except ArtefactError:
+            pass
+        raise OutputError(f"{self.path} exists already: remove it or choose another output file")

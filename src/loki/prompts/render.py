@@ -11,16 +11,23 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-LETTERS = "ABCD"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def single_choice_prompt(question: Question) -> str:
     """The user message that the paper analyses: the question with lettered options (design, section 1)."""
-    subject = question.subject.replace("_", " ")
-    options = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=True))
+    return single_choice_message(question.question, question.choices, question.subject)
+
+
+def single_choice_message(question: str, choices: Sequence[str], subject: str | None) -> str:
+    """`single_choice_prompt` of 2 to 26 options; without a subject the first sentence names none."""
+    about = "" if subject is None else f" about {subject.replace('_', ' ')}"
+    letters = LETTERS[: len(choices)]
+    options = "\n".join(f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True))
     return (
-        f"There is a single choice question about {subject}. Answer the question by replying A, B, C or D.\n"
-        f"Question: {question.question}\nChoices:\n{options}\nAnswer:"
+        f"There is a single choice question{about}. "
+        f"Answer the question by replying {', '.join(letters[:-1])} or {letters[-1]}.\n"
+        f"Question: {question}\nChoices:\n{options}\nAnswer:"
     )
 
 

@@ -33,7 +33,9 @@ def default_positions_name(strategy: StrategyName, quota: str | float | Fraction
 
 
 def default_positions_dir(log_path: Path) -> Path:
-    """`kva_result/pos_json/<model>`, named after the model in the log's header, or after a log without one.
+    """`kva_result/pos_json/<model>`, named after the model in the log's header.
+
+    A log of the public implementation has no header: there the model is the folder that holds the log.
 
     Raises:
         ArtefactError: the log cannot be read.
@@ -42,7 +44,7 @@ def default_positions_dir(log_path: Path) -> Path:
         name = log.header.model_name if log.header else ""
     # A folder's or Hub id's last part, without a remark in brackets; a header may say anything.
     folder = Path(name.split(" (")[0]).name
-    return Path("kva_result/pos_json") / (log_path.stem if folder in ("", "..") else folder)
+    return Path("kva_result/pos_json") / (log_path.resolve().parent.name if folder in ("", "..") else folder)
 
 
 def select_to_file(
