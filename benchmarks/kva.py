@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")  # as the command line does, and before torch loads
 
 import torch
 
@@ -137,7 +139,8 @@ def oracles(model: torch.nn.Module, tokens: torch.Tensor, num_layers: int) -> di
                 logits_BV = model(ids.expand(len(z_BD), -1), logits_to_keep=1).logits[:, -1]
             finally:
                 handle.remove()
-            return logits_BV.softmax(-1)[:, target]
+            # In float32 the gradient of a softmax holds 1 − p, without digits where p is near 1.
+            return logits_BV.double().softmax(-1)[:, target]
 
     activations: list[torch.Tensor] = []
     handles = [site.register_forward_hook(lambda _m, _i, out: activations.append(out[:, -1])) for site in some]
@@ -217,12 +220,12 @@ def memory(model_name: str) -> dict[str, Any]:
     found = {
         "plain": peak("plain"),
         "default": peak("default"),
-        "default, batch of 4": peak("batch"),
+        "batch of 4": peak("batch"),
         "max_branches": {str(count): peak(count) for count in MAX_BRANCHES},
     }
     print(
         f"peak memory: plain {found['plain']:.0f} MiB, default {found['default']:.0f} MiB, "
-        f"in batches of 4 {found['default, batch of 4']:.0f} MiB"
+        f"in batches of 4 {found['batch of 4']:.0f} MiB"
     )
     for count, value in found["max_branches"].items():
         print(f"  --max-branches {count:>4}: {value:.0f} MiB")
@@ -232,13 +235,15 @@ def memory(model_name: str) -> dict[str, Any]:
 def print_peak(model: torch.nn.Module, tokens: torch.Tensor, case: str) -> None:
     """What `memory` asks of each of its processes."""
     ids = prompts_of(tokens, 4 if case == "batch" else 1, NUM_TOKENS)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading the model; Linux only
     for _ in range(2):
         if case == "plain":
             plain(model, ids)
         else:
             count = int(case) if case.isdigit() else None
             attribute(model, ids, steps=STEPS, batch_size=len(ids), max_branches=count)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    print(int(status["VmHWM"].split()[0]) / 2**10)
 
 
 def plot(found: dict[str, Any], path: Path) -> None:

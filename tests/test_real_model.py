@@ -66,6 +66,22 @@ def test_branch_equals_recompute(tokenizer):
     assert difference.max() < 1e-4
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 5e-5), (torch.float64, 1e-7)])
+def test_a_batch_in_groups_changes_scores_by_rounding_only(tokenizer, dtype, bound):
+    """In float64 not at all; in float32 by what the model's own rounding does to the target's logit (docs/kva.md)."""
+    prompts = [
+        encode_chat(tokenizer, [{"role": "user", "content": single_choice_prompt(question)}])
+        for question in load_probe("analysis")[:2]
+    ]
+    longest = max(map(len, prompts))
+    ids = torch.stack([torch.nn.functional.pad(ids_T, (0, longest - len(ids_T)), value=7) for ids_T in prompts])
+    mask = torch.stack([torch.arange(longest) < len(ids_T) for ids_T in prompts])
+    model = fresh_model().to(dtype)
+    alone = torch.cat([attribute(model, ids_T[None], steps=3).scores for ids_T in prompts])
+    together = attribute(model, ids, mask, steps=3, batch_size=2, max_branches=50).scores
+    assert ((together - alone).norm(dim=-1) / alone.norm(dim=-1)).max() < bound
+
+
 def test_completeness_gap_shrinks_as_steps_grow(tokenizer):
     model = fresh_model()
     question = load_probe("analysis")[1]

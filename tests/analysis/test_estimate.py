@@ -61,6 +61,11 @@ def test_padding_costs_what_tokens_cost(clock):
     assert found.num_tokens == 180
 
 
+def test_a_batch_that_is_not_full_costs_less(clock):
+    """Five prompts of 10 tokens in batches of two: 0.3 + 0.3 + 0.2 s."""
+    assert estimate(PretendedAnalysis([10] * 5, clock, batch_size=2)).seconds == pytest.approx(0.8)
+
+
 def test_a_single_prompt_and_equal_lengths(clock):
     assert estimate(PretendedAnalysis([7], clock)).seconds == pytest.approx(0.17)
     assert estimate(PretendedAnalysis([7] * 5, clock)).seconds == pytest.approx(5 * 0.17)

@@ -341,7 +341,6 @@ def test_options_of_analyse_that_cannot_be(refused, model_dir, tmp_path, options
     ],
     ids=["max-branches", "site"],
 )
-@pytest.mark.xfail(strict=True, reason="found out only when the folder of parts is there already")
 def test_options_of_analyse_that_the_model_cannot_take(refused, model_dir, tmp_path, options, message):
     arguments = analysing(model_dir, tmp_path, *options)
     assert message in refused(*arguments)

@@ -7,7 +7,7 @@ from torch import nn
 
 from loki.architecture import shape_of, text_config
 
-BRANCH_BYTES = 512 * 2**20
+BRANCH_BYTES = 768 * 2**20
 """Memory for the branches under way at once, beside the model and its pass over the prompt."""
 
 
@@ -15,14 +15,14 @@ def default_max_branches(model: nn.Module, num_nodes: int, num_prompts: int, num
     """As many branches, over all prompts of a batch together, as fit into `BRANCH_BYTES`; at least one a prompt.
 
     The first group takes most: its branches depart at the first layers and keep what the backward pass needs of
-    every layer after. What a layer keeps is estimated from its widths, 16 times the hidden size, 4 times the
+    every layer after. What a layer keeps is estimated from its widths, 8 times the hidden size, 4 times the
     intermediate size and twice the attention weights, which is what Llama's layers keep in float32.
     """
     shape = shape_of(model)
     config = text_config(model.config)
     size = torch.finfo(next(model.parameters()).dtype).bits // 8
     num_heads = getattr(config, "num_attention_heads", 1)
-    layer_bytes = size * (16 * shape.num_rows + 4 * shape.num_columns) + 8 * num_heads * num_tokens
+    layer_bytes = size * (8 * shape.num_rows + 4 * shape.num_columns) + 8 * num_heads * num_tokens
     # Logits and probabilities, and the gradients that go back.
     head_bytes = (size + 8) * getattr(config, "vocab_size", 0)
     num_branches, total = 0, 0

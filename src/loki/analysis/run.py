@@ -16,7 +16,7 @@ from loki.analysis.path import PromptAttribution
 from loki.analysis.plan import Plan
 from loki.analysis.ranks import Ranks
 from loki.analysis.settings import KVASettings
-from loki.architecture import shape_of, site_warning
+from loki.architecture import attribution_sites, shape_of, site_warning
 from loki.choices import TargetName
 from loki.errors import InputError
 from loki.log.schema import LogHeader, parse_shard
@@ -48,6 +48,10 @@ class AnalysisOptions:
     """`i/n`: only this part of the prompts, for machines without a common launcher; see `loki.log.merge`."""
     log_dtype: str = "float32"
     """float32, or float16 for half the disk."""
+
+    def __post_init__(self) -> None:
+        if self.max_branches is not None and self.max_branches < 1:
+            raise InputError(f"max_branches {self.max_branches} is not possible: give 1 or more")
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ class Analysis:
             if options.target == "answer" and tokens.answer_id is None:
                 raise InputError(f"prompt {prompt.id!r} has no answer: give it one, or use --target predicted")
         shape = shape_of(model)
+        attribution_sites(model, settings.site, settings.site_module)  # refuses what the model does not have
         warning = site_warning(model, settings.site, settings.site_module)
         if warning is not None:
             logger.warning(warning)

@@ -97,7 +97,7 @@ def analyse(
     max_branches: Annotated[
         int | None,
         typer.Option(
-            help="Branches under way at once, which bounds memory; as many as fit into 512 MiB when left out.",
+            help="Branches under way at once, which bounds memory; as many as fit into 768 MiB when left out.",
             rich_help_panel=WORK,
             show_default=False,
         ),
