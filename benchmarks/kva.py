@@ -31,7 +31,7 @@ from loki.analysis.path import Path as Nodes
 from loki.analysis.settings import KVASettings
 from loki.architecture import attribution_sites
 from loki.cli.allocator import keep_freed_memory
-from loki.models import load_model, load_tokenizer
+from loki.models import load_model, load_tokenizer, model_label
 from loki.prompts.encoding import encode_prompt
 from loki.prompts.prompt import question_prompt
 from loki.prompts.questions import load_probe
@@ -260,15 +260,13 @@ def plot(found: dict[str, Any], path: Path) -> None:
         sizes: Sequence[float] = found[part][what]
         axis.plot(sizes, found[part]["seconds"], marker="o", label="attribution")
         axis.plot(sizes, found[part]["plain_seconds"], marker="o", label="plain forward pass")
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-        axis.set_xticks(sizes, [str(size) for size in sizes])
-        axis.minorticks_off()
+        axis.set_xlim(left=0)
+        axis.set_ylim(bottom=0)
         axis.set_xlabel("prompt length T in tokens" if part == "length" else f"branches L·m at T = {NUM_TOKENS}")
         axis.set_ylabel("seconds a prompt")
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.suptitle(f"{found['model']}, float32, {found['threads']} threads")
+    figure.suptitle(f"{model_label(found['model'])}, float32, {found['threads']} threads", fontsize=10)
     figure.savefig(path, dpi=120)
 
 

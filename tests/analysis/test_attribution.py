@@ -6,6 +6,9 @@ import pytest
 import torch
 from captum.attr import LayerIntegratedGradients
 from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from loki.analysis.attribution import attribute
 from loki.analysis.path import Path, combine
@@ -97,6 +100,35 @@ def test_bfloat16_engines_agree_to_its_own_precision(tiny_model, random_ids):
     assert branched.scores.dtype == torch.float32
     # bfloat16 keeps 8 bits; rounding of activations and of α through three layers adds up to a few per cent.
     assert distance(branched.scores, recomputed.scores) < 0.1
+
+
+@pytest.mark.usefixtures("no_fallback")
+def test_another_kernel_serves_the_prompt_and_is_back_afterwards(tiny_model, random_ids):
+    """As flash attention does, which takes no mask of ours."""
+    calls = []
+
+    def kernel(module, query, *args, **kwargs):
+        calls.append(query.shape[2])
+        return sdpa_attention_forward(module, query, *args, **kwargs)
+
+    AttentionInterface.register("a_kernel", kernel)
+    AttentionMaskInterface.register("a_kernel", sdpa_mask)
+    model, ids = tiny_model(), random_ids(2, 6)
+    expected = attribute(model, ids).scores
+    model.set_attn_implementation("a_kernel")
+    assert distance(attribute(model, ids, batch_size=2).scores, expected) < SAME
+    assert calls == [6] * 2  # the last of three layers ends the pass before its attention
+    assert model.config._attn_implementation == "a_kernel"
+
+
+def test_layers_that_take_something_else_fall_back_to_recompute(tiny_model, random_ids, caplog, monkeypatch):
+    model, ids = tiny_model(), random_ids(1, 5)
+    expected = attribute(model, ids, engine="recompute").scores
+    kind = type(model.model.layers[0])
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, *args, **kwargs: forward(self, *args, **kwargs))
+    assert torch.equal(attribute(model, ids).scores, expected)
+    assert "does not name its input hidden_states; using recompute" in caplog.text
 
 
 # --- cases computed by hand ---------------------------------------------------------------------------------

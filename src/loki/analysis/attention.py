@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from loki.analysis.prefill import UnsupportedByBranchError
 from loki.architecture import text_config
 
 NAME = "loki_branches"
@@ -33,10 +34,14 @@ def branch_attention(
 
     H query heads share G key and value heads of E elements. `attention_mask` (N, 1 or H, 1, S−B+1) is the row
     that the model made for the one query at position T. Returns (N, B, H, E), as `transformers` wants it.
+
+    Raises:
+        UnsupportedByBranchError: the model asks for a bias or a sink.
     """
     del dropout  # the model is in evaluation mode
     unknown = [name for name in ("position_bias", "s_aux", "cache") if kwargs.get(name) is not None]
-    assert not unknown, f"{type(module).__name__} asks attention for {unknown}"
+    if unknown:
+        raise UnsupportedByBranchError(f"{type(module).__name__} asks attention for {', '.join(unknown)}")
     num_prompts, num_heads, num_branches, size = query_NHBE.shape
     num_groups, num_prefix = key_NGSE.shape[1], key_NGSE.shape[2] - num_branches
     rows = num_heads // num_groups * num_branches

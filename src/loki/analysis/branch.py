@@ -29,7 +29,7 @@ from loki.analysis.hooks import Hook, hooked
 from loki.analysis.masks import BranchMasks
 from loki.analysis.objective import objective_gradient
 from loki.analysis.path import Path, PromptAttribution, combine
-from loki.analysis.prefill import PaddedPrompts, prefill
+from loki.analysis.prefill import PaddedPrompts, UnsupportedByBranchError, prefill
 from loki.analysis.settings import KVASettings
 
 
@@ -222,6 +222,8 @@ def _let_in(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Hook before a layer: the branches under way, then those that depart here from the trunk's input."""
     call = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+    if "hidden_states" not in call.arguments:
+        raise UnsupportedByBranchError(f"{type(module).__name__} does not name its input hidden_states")
     hidden_NBD = call.arguments["hidden_states"]
     departing = group.departing(layer)
     if group.has_trunk:
