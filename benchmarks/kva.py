@@ -292,7 +292,7 @@ def main() -> None:
     found: dict[str, Any] = {
         "model": options.model,
         "num_tokens": NUM_TOKENS,
-        "steps": STEPS,
+        "num_steps": STEPS,
         "threads": torch.get_num_threads(),
         "processor": platform.processor() or platform.machine(),
         "capability": torch.backends.cpu.get_cpu_capability(),
