@@ -13,7 +13,7 @@ NEVER = 2**31 - 1
 def keep_freed_memory() -> None:
     """Keep what is freed for the next prompt, instead of giving it back to the system each time.
 
-    The system fills every page anew when it is asked for again; on a CPU that took a fifth of the time of an
+    The system fills every page anew when it is asked for again; on a CPU that took a tenth of the time of an
     attribution. It is a setting of the whole process, so commands make it, the library does not. Where there is
     no glibc nothing happens.
     """
