@@ -25,9 +25,11 @@ python benchmarks/overlap.py "$work"/riemann_left-7.h5 "$work"/{riemann_right,ri
   | tee "$work/rules.txt"
 python benchmarks/overlap.py "$work"/riemann_left-7.h5 "$work"/riemann_left-{1,3,5,14,28,7-bfloat16}.h5 \
   | tee "$work/steps.txt"
+python benchmarks/overlap.py "$work"/riemann_left-28.h5 "$work"/riemann_left-{1,3,5,7,14}.h5 \
+  "$work"/{riemann_right,riemann_middle,riemann_trapezoid,gausslegendre}-7.h5 | tee "$work/fine.txt"
 python - "$work" results/kva_mmlu.json <<'PYTHON'
 import json, pathlib, sys
 work, output = map(pathlib.Path, sys.argv[1:])
-tables = {name: json.loads((work / f"{name}.txt").read_text().splitlines()[-1]) for name in ("subsets", "rules", "steps")}
+tables = {name: json.loads((work / f"{name}.txt").read_text().splitlines()[-1]) for name in ("subsets", "rules", "steps", "fine")}
 output.write_text(json.dumps(tables, indent=1) + "\n")
 PYTHON
