@@ -19,15 +19,16 @@ import numpy as np
 
 from loki.log.reader import AttributionLog
 from loki.prompts.sources import DatasetSpec, load_datasets
+from loki.rows import RowSelection
+from loki.selection.overlap import overlap
 from loki.selection.quota import format_quota, parse_quota, rows_for_quota
 from loki.selection.strategies import winners
 from loki.selection.votes import Ballot, count_votes
 
-Selections = list[list[set[int]]]
-"""Rows by quota and layer."""
 
-
-def select(log: AttributionLog, quotas: Sequence[Fraction], keep: Callable[[str], bool]) -> tuple[int, Selections]:
+def select(
+    log: AttributionLog, quotas: Sequence[Fraction], keep: Callable[[str], bool]
+) -> tuple[int, list[RowSelection]]:
     """Rows that the kept prompts of a log choose at each quota, and how many prompts these are."""
     _, ids = log.prompts()
     kept = np.array([keep(prompt_id) for prompt_id in ids])
@@ -42,14 +43,13 @@ def select(log: AttributionLog, quotas: Sequence[Fraction], keep: Callable[[str]
 
     ballots = [Ballot("layer", "lowest", rows_for_quota(quota, log.num_rows)) for quota in quotas]
     votes = count_votes(chunks(), ballots)
-    rows = [[set(layer) for layer in winners(*pair)] for pair in zip(votes, ballots, strict=True)]
-    return int(kept.sum()), rows
+    selections = [RowSelection.from_lists(winners(*pair)) for pair in zip(votes, ballots, strict=True)]
+    return int(kept.sum()), selections
 
 
-def overlap_percent(reference: Sequence[set[int]], other: Sequence[set[int]]) -> float:
-    """Share of the reference's rows, over all layers, that the other has too."""
-    common = sum(len(a & b) for a, b in zip(reference, other, strict=True))
-    return 100 * common / sum(map(len, reference))
+def shares_percent(references: Sequence[RowSelection], others: Sequence[RowSelection]) -> list[float | None]:
+    """At each quota, the share of the reference's rows over all layers that the other has too."""
+    return [overlap(pair).total.shares_percent[0] for pair in zip(references, others, strict=True)]
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ def main() -> None:
 
     quotas = [parse_quota(text) for text in options.quotas.split(",")]
     names = [format_quota(quota) for quota in quotas]
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, float | None]] = {}
     with AttributionLog(options.logs[0]) as log:
         num_all, reference = select(log, quotas, lambda _: True)
         cases = [int(text) for text in options.samples_per_subject.split(",") if text]
@@ -81,13 +81,13 @@ def main() -> None:
             num_prompts, rows = select(log, quotas, wanted.__contains__)
             assert num_prompts == len(wanted), f"the log has {num_prompts} of {len(wanted)} prompts"
             found[f"{count} a subject ({num_prompts:,} prompts)"] = dict(
-                zip(names, map(overlap_percent, reference, rows), strict=True)
+                zip(names, shares_percent(reference, rows), strict=True)
             )
     for path in options.logs[1:]:
         with AttributionLog(path) as other:
             num_prompts, rows = select(other, quotas, lambda _: True)
             assert num_prompts == num_all, f"{path} has {num_prompts} prompts, the reference {num_all}"
-            found[path.stem] = dict(zip(names, map(overlap_percent, reference, rows), strict=True))
+            found[path.stem] = dict(zip(names, shares_percent(reference, rows), strict=True))
 
     print(
         f"| against {options.logs[0].stem} ({num_all:,} prompts) | " + " | ".join(f"q={name}" for name in names) + " |"

@@ -7,6 +7,7 @@ import loki
 
 ORDER = [
     "choices",
+    "constants",
     "errors",
     "architecture",
     "provenance",
@@ -19,6 +20,7 @@ ORDER = [
     "log",
     "analysis",
     "selection",
+    "model_costs",
     "implanting",
     "evaluation",
     "training",

@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -101,6 +102,15 @@ def test_a_damaged_positions_file_is_refused_with_its_path(tmp_path, text, words
 def test_a_missing_positions_file_is_refused(tmp_path):
     with pytest.raises(ArtefactError, match=r"positions file .*10\.json does not exist"):
         RowSelection.load(tmp_path / "10.json")
+
+
+@settings(deadline=None)
+@given(row_lists)
+def test_a_mask_marks_the_rows_and_no_others(lists):
+    mask_LD = RowSelection.from_lists(lists).as_mask(1000)
+    assert mask_LD.shape == (len(lists), 1000)
+    assert mask_LD.dtype == bool
+    assert [np.flatnonzero(mask_D).tolist() for mask_D in mask_LD] == [sorted(rows) for rows in lists]
 
 
 def test_rows_that_exist_fit():

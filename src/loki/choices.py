@@ -13,4 +13,12 @@ EngineName = Literal["branch", "recompute"]
 TargetName = Literal["predicted", "answer"]
 ModuleName = Literal["down_proj", "o_proj"]
 
-StrategyName = Literal["layer_balanced", "layer_highest", "global_lowest", "global_highest"]
+StrategyName = Literal[
+    "layer_balanced",
+    "layer_balanced_magnitude",
+    "adaptive",
+    "layer_highest",
+    "global_lowest",
+    "global_highest",
+    "random",
+]

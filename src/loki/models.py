@@ -15,6 +15,7 @@ from loki.architecture import decoder_layers
 from loki.choices import DtypeName
 from loki.embedded import EMBEDDED_LABEL, EMBEDDED_NAME, embedded_model_directory
 from loki.errors import InputError
+from loki.provenance import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -114,13 +115,15 @@ def load_model(
     is an implementation of `transformers`; its own choice when None.
 
     Raises:
-        InputError: not found, no safetensors, a kind of model that `transformers` does not know, a device map
-            that cannot be used, or an attention whose package is missing.
+        InputError: not found, no safetensors, a kind of model that `transformers` does not know, a model with split
+            rows whose code is not trusted, a device map that cannot be used, or an attention whose package is missing.
     """
     from transformers import AutoModelForCausalLM
 
     place = resolve_device(device)
     source = locate_model(name_or_path)
+    if not trust_remote_code:
+        _require_whole_rows(name_or_path, source)
     options: dict[str, Any] = {}
     if device_map is not None:
         if device is not None:
@@ -226,6 +229,17 @@ def merge_in_memory(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     return merged.eval()
 
 
+def _require_whole_rows(name_or_path: str, source: str) -> None:
+    """Refuse what `loki create-model` wrote: without its code, `transformers` would fill in random weights."""
+    config_path = Path(source) / "config.json"
+    config = read_json(config_path, what="model config") if config_path.is_file() else None
+    if isinstance(config, dict) and "target_pos" in config:
+        raise InputError(
+            f"model {name_or_path!r} has its rows split for training: give --trust-remote-code to run the code in its "
+            "folder, or make it an ordinary model with `loki restore-model` first"
+        )
+
+
 def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """Load a model's configuration only.
 
@@ -239,6 +253,11 @@ def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> Pretra
         config: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"config of {name_or_path!r} cannot be loaded: {_first_line(error)}") from error
+    except Exception as error:  # each family checks its config in its own way
+        text = " ".join(str(error).split())
+        raise InputError(
+            f"config of {name_or_path!r} cannot be used ({type(error).__name__}: {text}): mend it"
+        ) from error
     return config
 
 

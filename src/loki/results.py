@@ -47,7 +47,7 @@ class Result:
     """What one command or stage found out."""
 
     kind: str
-    """The command: `analyse`, `select`, `train`, `merge`, `evaluate`, `summary`."""
+    """The command: `analyse`, `select`, `compare`, `train`, `merge`, `evaluate`, `info`, `summary`."""
     settings: Mapping[str, Any]
     """Every setting that could change a figure."""
     figures: Mapping[str, Any]

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from loki.errors import ArtefactError
 from loki.provenance import read_json, require_writable_parent, write_json
 
@@ -69,6 +71,13 @@ class RowSelection:
     def as_lists(self) -> list[list[int]]:
         """Plain lists, ready for JSON."""
         return [list(rows) for rows in self.rows]
+
+    def as_mask(self, num_rows: int) -> np.ndarray:
+        """Whether each row is chosen, (L, D) bool; the rows must fit (`require_fit`)."""
+        mask_LD = np.zeros((self.num_layers, num_rows), dtype=bool)
+        for layer, rows in enumerate(self.rows):
+            mask_LD[layer, list(rows)] = True
+        return mask_LD
 
     @property
     def num_layers(self) -> int:

@@ -22,12 +22,14 @@ from loki.progress import Track, silent
 from loki.prompts.function_calls import make_examples
 from loki.prompts.questions import load_probe
 from loki.prompts.sources import DatasetSpec, load_datasets
-from loki.reporting.html import ReportData, write_report
+from loki.provenance import require_writable_parent
+from loki.reporting.data import ReportData
+from loki.reporting.html import write_report
+from loki.reporting.reading import read_log, report_of_log
 from loki.results import Comparison, Result
 from loki.rows import RowSelection, meta_path
 from loki.run_settings import RunSettings
 from loki.selection.run import default_positions_name, select_to_file
-from loki.selection.votes import Ballot, count_votes
 from loki.training.examples import load_examples
 from loki.training.sft import load_record, train
 
@@ -37,8 +39,6 @@ if TYPE_CHECKING:
 StageName = Literal["analyse", "select", "train", "merge", "evaluate"]
 LOG_FILE, ADAPTER_DIR, MERGED_DIR = "kva.h5", "adapter", "merged"
 SUMMARY_FILE, REPORT_FILE = "summary.json", "report.html"
-EXTREME_PERCENT = 5
-"""Share of the model's rows that figure 2 of the paper shows as highest and lowest."""
 
 
 @dataclass
@@ -113,15 +113,15 @@ def select_stage(run: Run) -> Outcome:
         strategy=chosen.strategy,
         shape=shape_of_config(config),
     )
-    rows = selection.rows
-    return Outcome(
-        {
-            "num_selected_rows": rows.num_selected,
-            "num_rows": selection.votes.counts_LD.size,
-            "selected_percent": 100 * rows.num_selected / selection.votes.counts_LD.size,
-            "num_abstentions": selection.votes.num_abstentions,
-        }
-    )
+    rows, num_rows = selection.rows, selection.election.candidates_LD.size
+    figures: dict[str, Any] = {
+        "num_selected_rows": rows.num_selected,
+        "num_rows": num_rows,
+        "selected_percent": 100 * rows.num_selected / num_rows,
+    }
+    if selection.votes is not None:
+        figures["num_abstentions"] = selection.votes.num_abstentions
+    return Outcome(figures)
 
 
 def train_stage(run: Run) -> Outcome:
@@ -219,35 +219,56 @@ def summarise(run: Run) -> Result:
     return summary
 
 
-def report(directory: Path) -> Path:
-    """Draw `report.html` from the files of a run directory.
+def report(
+    path: Path,
+    positions: Sequence[Path] = (),
+    *,
+    output: Path | None = None,
+    figures_dir: Path | None = None,
+    with_stability: bool = True,
+) -> Path:
+    """Draw the page of a finished run's directory, or of an attribution log with positions; returns where it is.
+
+    `positions` are compared with each other, and in a run with the run's own. `output` is `report.html` in the run
+    directory, or `<log>.report.html` beside the log, when left out; `figures_dir` takes each figure as PNG and SVG.
 
     Raises:
-        InputError: no finished run stands there.
-        ArtefactError: a file of it is damaged.
+        InputError: neither a finished run nor a file.
+        ArtefactError: a file that is damaged, or of another model.
+        OutputError: a folder cannot be written.
     """
-    if not (directory / SUMMARY_FILE).is_file():
-        raise InputError(f"{directory} has no {SUMMARY_FILE}: name the directory of a finished `loki run`")
+    if path.is_file():
+        output = output or path.with_suffix(".report.html")
+    elif not path.exists():
+        raise InputError(f"{path} does not exist: name the directory of a finished `loki run`, or an attribution log")
+    elif not (path / SUMMARY_FILE).is_file():
+        raise InputError(f"{path} has no {SUMMARY_FILE}: name the directory of a finished `loki run`")
+    output = output or path / REPORT_FILE
+    for place in [output] if figures_dir is None else [output, figures_dir / output.name]:
+        require_writable_parent(place)
+    if path.is_file():
+        data = report_of_log(path, positions, with_stability=with_stability)
+    else:
+        data = _report_of_run(path, positions, with_stability=with_stability)
+    write_report(output, data, figures_dir=figures_dir)
+    return output
+
+
+def _report_of_run(directory: Path, positions: Sequence[Path], *, with_stability: bool) -> ReportData:
     summary = Result.load(directory / SUMMARY_FILE)
     try:
         settings = RunSettings.model_validate({**summary.settings, "output_dir": directory})
     except ValidationError as error:
         raise ArtefactError(f"{directory / SUMMARY_FILE} holds no settings of a run: run again") from error
     run = Run(settings)
-    ballots = []
-    with AttributionLog(directory / LOG_FILE) as log:
-        count = max(1, log.num_layers * log.num_rows * EXTREME_PERCENT // 100)
-        ballots = count_votes(log.chunks(), [Ballot("model", "highest", count), Ballot("model", "lowest", count)])
-    high, low = (votes.counts_LD / votes.num_prompts for votes in ballots)
+    reading = read_log(directory / LOG_FILE, [run.positions_path, *positions], with_stability=with_stability)
     record = load_record(directory / ADAPTER_DIR) or {}
-    data = ReportData(
+    return ReportData(
         title=f"LoKI run {directory.name}",
         model_label=summary.model or settings.model,
         summary=summary,
-        frequency_high_LD=high,
-        frequency_low_LD=low,
-        selection=RowSelection.load(run.positions_path),
+        survey=reading.survey,
+        selections=reading.selections,
+        stability=reading.stability,
         training_log=record.get("log", []),
     )
-    write_report(directory / REPORT_FILE, data)
-    return directory / REPORT_FILE

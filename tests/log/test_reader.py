@@ -3,7 +3,7 @@ import json
 import h5py
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loki.errors import ArtefactError
@@ -45,9 +45,10 @@ def test_a_file_that_is_not_hdf5_is_refused(path, content):
     refused(path, "is damaged or not HDF5: make it again")
 
 
+@pytest.mark.parametrize("options", [{}, {"chunks": (1, 3, 5)}, {"chunks": (2, 3, 5), "compression": "gzip"}])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
-def test_a_truncated_file_is_refused(path, share):
-    write(path)
+def test_a_truncated_file_is_refused(path, share, options):
+    write(path, **options)
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
     refused(path, "is damaged or not HDF5: make it again")
@@ -125,24 +126,77 @@ def test_damaged_inner_structures_are_refused(path, make_header, signature):
     refused(path, "damaged|no floating-point")
 
 
+@pytest.mark.parametrize("read_bytes", [1, 2**20])
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", ">f2", ">f4"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_scores_that_are_not_finite_are_named_with_their_place(path, monkeypatch, value):
-    scores_NLD = SCORES_NLD.copy()
+def test_scores_that_are_not_finite_are_named_with_their_place(path, monkeypatch, value, dtype, read_bytes):
+    scores_NLD = SCORES_NLD.astype(dtype)
     scores_NLD[5, 2, 1] = value
     write(path, scores_NLD)
     monkeypatch.setattr(reader, "CHUNK_BYTES", 2 * 4 * 3 * 5)  # the prompt is counted in the log, not in its chunk
+    monkeypatch.setattr(reader, "READ_BYTES", read_bytes)
     with AttributionLog(path) as log, pytest.raises(ArtefactError) as caught:
         list(log.chunks())
     assert f"has {value} at prompt 5, layer 2, row 1: analyse again in float32 or bfloat16" in str(caught.value)
 
 
-@given(chunk_bytes=st.integers(1, 4 * 7 * 3 * 5 + 50))
-def test_chunks_cover_all_prompts_in_order(tmp_path_factory, chunk_bytes):
+def test_infinities_of_both_signs_do_not_cancel(path):
+    scores_NLD = SCORES_NLD.copy()
+    scores_NLD[1, 0, 2], scores_NLD[1, 1, 4] = np.inf, -np.inf
+    write(path, scores_NLD)
+    with AttributionLog(path) as log, pytest.raises(ArtefactError, match="has inf at prompt 1, layer 0, row 2: "):
+        list(log.chunks())
+
+
+def test_a_score_too_large_for_single_precision_is_refused_as_it_stands(path):
+    scores_NLD = SCORES_NLD.astype(np.float64)
+    scores_NLD[3, 2, 4] = -1e300
+    write(path, scores_NLD)
+    with AttributionLog(path) as log, pytest.raises(ArtefactError, match=r"has -1e\+300 at prompt 3, layer 2, row 4: "):
+        list(log.chunks())
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4"])
+def test_the_largest_scores_are_read(path, dtype):
+    """Their sum is infinite, they are not."""
+    scores_NLD = np.full((2, 3, 5), np.finfo(dtype).max, dtype)
+    write(path, scores_NLD)
+    with AttributionLog(path) as log:
+        np.testing.assert_array_equal(np.concatenate(list(log.chunks())), scores_NLD.astype(np.float32))
+
+
+def test_every_number_of_half_precision_is_read_exactly(path):
+    numbers = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    scores_NLD = numbers[np.isfinite(numbers)].reshape(8, 2, -1)
+    write(path, scores_NLD, chunks=(1, *scores_NLD.shape[1:]))
+    with AttributionLog(path) as log:
+        found = np.concatenate(list(log.chunks()))
+    # Bits, so that the sign of a zero counts.
+    np.testing.assert_array_equal(found.view(np.int32), scores_NLD.astype(np.float32).view(np.int32))
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", ">f2", ">f4"])
+@pytest.mark.parametrize("options", [{}, {"chunks": (2, 2, 3), "compression": "gzip"}], ids=["plain", "gzip"])
+def test_chunks_are_arrays_of_their_own(path, monkeypatch, dtype, options):
+    """A reader that runs ahead must not write over what is still in use."""
+    write(path, SCORES_NLD.astype(dtype), **options)
+    monkeypatch.setattr(reader, "CHUNK_BYTES", 3 * 4 * 3 * 5)
+    monkeypatch.setattr(reader, "READ_BYTES", 2 * np.dtype(dtype).itemsize * 3 * 5)
+    with AttributionLog(path) as log:
+        chunks = list(log.chunks())
+    assert [len(chunk) for chunk in chunks] == [3, 3, 1]
+    np.testing.assert_array_equal(np.concatenate(chunks), SCORES_NLD.astype(dtype).astype(np.float32))
+
+
+@settings(deadline=None)
+@given(chunk_bytes=st.integers(1, 4 * 7 * 3 * 5 + 50), read_bytes=st.integers(1, 4 * 7 * 3 * 5 + 50))
+def test_chunks_cover_all_prompts_in_order(tmp_path_factory, chunk_bytes, read_bytes):
     path = tmp_path_factory.getbasetemp() / "chunks.h5"
     if not path.exists():
         write(path)
     with pytest.MonkeyPatch.context() as patch, AttributionLog(path) as log:
         patch.setattr(reader, "CHUNK_BYTES", chunk_bytes)
+        patch.setattr(reader, "READ_BYTES", read_bytes)
         chunks = list(log.chunks())
     np.testing.assert_array_equal(np.concatenate(chunks), SCORES_NLD)
     assert all(chunk.nbytes <= chunk_bytes or len(chunk) == 1 for chunk in chunks)

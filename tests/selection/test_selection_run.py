@@ -9,11 +9,22 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from loki.architecture import shape_of
 from loki.errors import ArtefactError, InputError, OutputError
+from loki.log import AttributionLog
 from loki.log.assembly import write_header
 from loki.log.schema import LogHeader
 from loki.provenance import fingerprint_model
 from loki.rows import RowSelection, load_meta
-from loki.selection.run import check_model, default_positions_dir, default_positions_name, select_to_file
+from loki.selection.run import (
+    Constraints,
+    Request,
+    check_model,
+    default_positions_dir,
+    default_positions_name,
+    select_to_file,
+    select_to_files,
+)
+from loki.selection.stability import stability
+from loki.selection.strategies import select
 
 SCORES_NLD = np.random.default_rng(0).normal(size=(3, 2, 8))
 
@@ -84,6 +95,7 @@ def test_meta_says_where_the_positions_come_from(log_path, tmp_path, model):
     assert meta == {
         "strategy": "global_highest",
         "quota_percent": "37.5",
+        "score": "signed",
         "votes_per_prompt": 6,
         "num_prompts": 3,
         "num_abstentions": 0,
@@ -158,6 +170,125 @@ def test_positions_of_other_weights_are_a_warning_and_an_error_when_strict(log_p
 def test_positions_without_provenance_are_not_checked(tmp_path, model):
     RowSelection.from_lists([[0], [1]]).save(tmp_path / "rows.json")
     check_model(tmp_path / "rows.json", model, strict=True)
+
+
+QUOTAS_AND_STRATEGIES = [(25, "layer_balanced"), (50, "adaptive"), (37.5, "global_highest"), (25, "random")]
+
+
+def requests_in(folder):
+    return [
+        Request(folder / default_positions_name(strategy, quota), quota, strategy)
+        for quota, strategy in QUOTAS_AND_STRATEGIES
+    ]
+
+
+def test_several_files_in_one_pass(log_path, tmp_path, monkeypatch):
+    passes = []
+    read = AttributionLog.chunks
+    monkeypatch.setattr(AttributionLog, "chunks", lambda log: passes.append(1) or read(log))
+    made = select_to_files(log_path, requests_in(tmp_path), Constraints(seed=5))
+    assert len(passes) == 1
+    names = ["25.json", "adaptive_50.json", "global_highest_37.5.json", "random_25.json"]
+    assert [selected.request.output.name for selected in made] == names
+    for selected, name, (quota, strategy) in zip(made, names, QUOTAS_AND_STRATEGIES, strict=True):
+        with AttributionLog(log_path) as log:
+            alone = select(log, quota, strategy, seed=5)
+        assert RowSelection.load(tmp_path / name) == selected.selection.rows == alone.rows
+        assert load_meta(tmp_path / name)["strategy"] == strategy
+        assert selected.stability is None
+
+
+def test_the_meta_of_random_rows_has_their_seed_and_no_votes(log_path, model, tmp_path):
+    (with_log,) = select_to_files(log_path, requests_in(tmp_path)[3:], Constraints(seed=5))
+    assert load_meta(tmp_path / "random_25.json").pop("log")["settings"] == {"steps": 7}
+    (without,) = select_to_files(None, requests_in(tmp_path)[3:], Constraints(seed=5), shape=shape_of(model))
+    assert load_meta(tmp_path / "random_25.json") == {
+        "strategy": "random",
+        "quota_percent": "25",
+        "seed": 5,
+        "log": None,
+    }
+    assert with_log.selection.rows == without.selection.rows
+
+
+def test_layers_and_excluded_rows_hold_and_reach_the_meta(log_path, tmp_path):
+    first = tmp_path / "first.json"
+    RowSelection.from_lists([[], [0, 1, 2, 3]]).save(first)
+    made = select_to_files(log_path, requests_in(tmp_path), Constraints("1", [first]))
+    for selected in made:
+        mask_LD = selected.selection.rows.as_mask(8)
+        assert not mask_LD[0].any()
+        assert not mask_LD[1, :4].any()
+        # 25 % of a layer, 50 %, 37.5 % of the one layer that is selected from, 25 %.
+        assert mask_LD.sum() == {"25": 2, "50": 4, "37.5": 3}[str(selected.request.quota)]
+        meta = load_meta(selected.request.output)
+        assert (meta["layers"], meta["excluded"]) == ("1", [str(first)])
+
+
+def test_stability_reaches_the_meta(log_path, tmp_path):
+    (selected,) = select_to_files(log_path, requests_in(tmp_path)[:1], Constraints(seed=2, resamples=11))
+    with AttributionLog(log_path) as log:
+        expected = stability(log, selected.selection, resamples=11, seed=2)
+    assert selected.stability.mean == expected.mean
+    meta = load_meta(tmp_path / "25.json")
+    assert (meta["stability"], meta["num_resamples"], meta["seed"]) == (expected.mean, 11, 2)
+
+
+@pytest.mark.parametrize(
+    ("last", "constraints", "message"),
+    [
+        ((5, "layer_balanced"), Constraints(), "quota 5 gives no row out of 8"),
+        ((75, "layer_balanced"), Constraints("0", ["first.json"]), "takes 6 rows, but layer 0 has 5 left to select"),
+        (
+            (25.0, "layer_balanced"),
+            Constraints(),
+            r"25\.json is to be written twice: give each strategy and quota once",
+        ),
+        ((25, "best"), Constraints(), "strategy 'best' is unknown"),
+        ((50, "layer_highest"), Constraints("2"), "layers '2' name layer 2, but the model's layers are 0 to 1"),
+        ((50, "layer_highest"), Constraints(exclude=["none.json"]), "positions file none.json does not exist"),
+        ((50, "layer_highest"), Constraints(exclude=["long.json"]), "excluded positions have 3 layers, the model has"),
+        ((50, "random"), Constraints(resamples=3), "strategy 'random' draws rows without a log"),
+        ((50, "layer_highest"), Constraints(resamples=1), "1 resamples are too few"),
+    ],
+)
+def test_nothing_is_written_when_one_of_several_is_impossible(
+    log_path, tmp_path, monkeypatch, last, constraints, message
+):
+    monkeypatch.chdir(tmp_path)
+    RowSelection.from_lists([[0, 1, 2], []]).save("first.json")
+    RowSelection.from_lists([[0], [], []]).save("long.json")
+    (quota, strategy), folder = last, tmp_path / "out"
+    output = folder / (f"{strategy}.json" if quota != 25.0 or strategy == "best" else "25.json")
+    with pytest.raises((InputError, ArtefactError), match=message):
+        select_to_files(log_path, [*requests_in(folder)[:1], Request(output, quota, strategy)], constraints)
+    assert not folder.exists()
+
+
+def test_a_stability_of_random_rows_is_refused_before_the_log_is_read(log_path, tmp_path, monkeypatch):
+    monkeypatch.delattr(AttributionLog, "chunks")
+    with pytest.raises(InputError, match="its stability says nothing"):
+        select_to_files(log_path, requests_in(tmp_path), Constraints(resamples=5))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "with_shape", "constraints", "message"),
+    [
+        ("random", False, Constraints(), "neither log nor model is given: rows come from a log, random rows from a"),
+        ("adaptive", True, Constraints(), "strategy 'adaptive' needs an attribution log: make one with `loki analyse`"),
+        ("random", True, Constraints(resamples=9), "stability needs a log: it asks how much of a selection depends"),
+    ],
+)
+def test_without_a_log(model, tmp_path, strategy, with_shape, constraints, message):
+    shape = shape_of(model) if with_shape else None
+    with pytest.raises(InputError, match=message):
+        select_to_files(None, [Request(tmp_path / "out" / "x.json", 25, strategy)], constraints, shape=shape)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_negative_seed_is_refused():
+    with pytest.raises(InputError, match=r"^seed -1 is not possible: give 0 or more$"):
+        Constraints(seed=-1)
 
 
 @pytest.mark.parametrize(

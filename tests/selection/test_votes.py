@@ -3,10 +3,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from plain_selection import plain_ballot, plain_groups
 
-from loki.selection.votes import Ballot, chosen, count_votes
+from loki.selection import votes as module
+from loki.selection.votes import Ballot, VoteCounter, count_votes, mark_votes
 
-BALLOTS = [Ballot(scope, direction, 2) for scope in ("layer", "model") for direction in ("lowest", "highest")]
+BALLOTS = [
+    Ballot(scope, direction, 2, score)
+    for scope in ("layer", "model")
+    for direction in ("lowest", "highest")
+    for score in ("signed", "magnitude")
+]
+
+
+def chosen(scores, ballot):
+    """Indices that one prompt votes for."""
+    (marks_NC,) = mark_votes(np.asarray(scores, dtype=np.float32)[None], [ballot])
+    return np.flatnonzero(marks_NC[0])
 
 
 def votes_of(scores_NLD, ballot):
@@ -27,7 +40,7 @@ def votes_of(scores_NLD, ballot):
     ],
 )
 def test_choice_by_hand_where_ties_go_to_the_lower_index_and_mirrored(direction, scores, expected):
-    assert set(chosen(np.array(scores, dtype=np.float32), Ballot("layer", direction, 2))) == expected
+    assert set(chosen(scores, Ballot("layer", direction, 2))) == expected
 
 
 @settings(deadline=None)
@@ -37,7 +50,7 @@ def test_highest_mirrors_lowest(scores, count):
     count = min(count, scores.size)
     highest = chosen(scores, Ballot("layer", "highest", count))
     lowest = chosen(-scores[::-1], Ballot("layer", "lowest", count))
-    assert highest.tolist() == (scores.size - 1 - lowest).tolist()
+    assert highest.tolist() == (scores.size - 1 - lowest)[::-1].tolist()
 
 
 def test_votes_by_hand():
@@ -135,3 +148,91 @@ def test_means_are_summed_in_double_precision():
     scores_NLD[0, 0, 0] = 2.0**24
     votes = votes_of(scores_NLD, Ballot("layer", "lowest", 1))
     assert votes.mean_scores_LD.tolist() == [[(2**24 + 4) / 5, 1.0]]
+
+
+def plain_votes(scores_NLD, ballot, candidates):
+    """Votes for each row, and how many prompts abstained in a group."""
+    votes = [[0] * len(rows) for rows in candidates]
+    num_abstentions = 0
+    for prompt in scores_NLD:
+        for group in plain_groups(candidates, ballot.scope):
+            is_highest, is_magnitude = ballot.direction == "highest", ballot.score == "magnitude"
+            chosen = plain_ballot(prompt, group, ballot.count, highest=is_highest, magnitude=is_magnitude)
+            num_abstentions += not chosen
+            for layer, row in chosen:
+                votes[layer][row] += 1
+    return votes, num_abstentions
+
+
+@settings(deadline=None)
+@given(dyadic, st.data(), st.integers(1, 3))
+def test_parity_with_plain_votes_among_candidates(scores_NLD, data, most):
+    """Layers may have no candidate at all, or as many as the ballot takes."""
+    candidates_LD = data.draw(hnp.arrays(bool, scores_NLD.shape[1:]))
+    candidates_LD[candidates_LD.sum(axis=1) < 2] = False
+    if not candidates_LD.any():
+        candidates_LD[0, :2] = True
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "MOST_PROMPTS", most)
+        patch.setattr(module, "MODEL_PROMPTS", 2)
+        patch.setattr(module, "BLOCK_SCORES", 7)
+        counter = VoteCounter(BALLOTS, candidates_LD)
+        for piece_NLD in np.array_split(scores_NLD, data.draw(st.integers(1, len(scores_NLD)))):
+            counter.add(piece_NLD)
+    for ballot, found in zip(BALLOTS, counter.result(), strict=True):
+        votes, num_abstentions = plain_votes(scores_NLD.tolist(), ballot, candidates_LD.tolist())
+        assert found.counts_LD.tolist() == votes
+        assert found.num_abstentions == num_abstentions
+        assert found.num_prompts == len(scores_NLD)
+        # Means are of all rows, and of what the ballot ranks by.
+        values_NLD = np.abs(scores_NLD) if ballot.score == "magnitude" else scores_NLD
+        assert np.array_equal(found.mean_scores_LD, values_NLD.astype(np.float64).mean(axis=0))
+
+
+def test_several_numbers_of_votes_equal_one_at_a_time():
+    """Several take one sort, one takes a partition."""
+    scores_NLD = np.random.default_rng(0).integers(-9, 10, size=(8, 2, 30)).astype(np.float32)
+    ballots = [
+        Ballot(scope, direction, count, score)
+        for scope, size in (("layer", 30), ("model", 60))
+        for direction in ("lowest", "highest")
+        for count in (1, 2, size // 2, size - 1, size)
+        for score in ("signed", "magnitude")
+    ]
+    for ballot, together in zip(ballots, count_votes([scores_NLD], ballots), strict=True):
+        assert np.array_equal(together.counts_LD, votes_of(scores_NLD, ballot).counts_LD)
+        votes, _ = plain_votes(scores_NLD.tolist(), ballot, [[True] * 30] * 2)
+        assert together.counts_LD.tolist() == votes
+
+
+def test_magnitudes_by_hand():
+    scores_NLD = [[[-3, 1, 2], [0, -1, 1]], [[1, -1, -2], [5, -6, 7]]]
+    lowest, highest = (votes_of(scores_NLD, Ballot("layer", where, 1, "magnitude")) for where in ("lowest", "highest"))
+    # Ties: 1 and −1 in the second prompt's first layer, −1 and 1 in the first prompt's second.
+    assert lowest.counts_LD.tolist() == [[1, 1, 0], [2, 0, 0]]
+    assert highest.counts_LD.tolist() == [[1, 0, 1], [0, 0, 2]]
+    assert lowest.mean_scores_LD.tolist() == [[2, 1, 2], [2.5, 3.5, 4]]
+
+
+@pytest.mark.parametrize("ballot", BALLOTS, ids=str)
+def test_magnitudes_that_are_all_equal_abstain(ballot):
+    votes = votes_of([[[2.0, -2.0, 2.0], [-2.0, 2.0, -2.0]]], ballot)
+    abstains = ballot.score == "magnitude"
+    assert votes.num_abstentions == abstains * (2 if ballot.scope == "layer" else 1)
+    assert votes.counts_LD.any() != abstains
+
+
+def test_rows_that_do_not_stand_are_as_if_they_were_not_there():
+    scores_NLD = np.random.default_rng(0).integers(-4, 5, size=(7, 2, 12)).astype(np.float32)
+    standing_D = np.arange(12) % 3 != 1
+    counter = VoteCounter(BALLOTS, np.stack([standing_D] * 2))
+    counter.add(scores_NLD)
+    for found, without in zip(counter.result(), count_votes([scores_NLD[..., standing_D]], BALLOTS), strict=True):
+        assert np.array_equal(found.counts_LD[:, standing_D], without.counts_LD)
+        assert not found.counts_LD[:, ~standing_D].any()
+
+
+def test_more_votes_than_a_byte_holds():
+    scores_NLD = np.tile(np.array([[[1, 0, 2], [2, 1, 0]]], dtype=np.float32), (1000, 1, 1))
+    for scope, expected in (("layer", [[0, 1000, 0], [0, 0, 1000]]), ("model", [[0, 1000, 0], [0, 0, 0]])):
+        assert votes_of(scores_NLD, Ballot(scope, "lowest", 1)).counts_LD.tolist() == expected

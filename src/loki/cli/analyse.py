@@ -22,7 +22,7 @@ def analyse(
         list[str] | None,
         typer.Option(
             help="probe (built in), mmlu, or a .jsonl[.gz] file whose rows have question and choices, prompt, text or "
-            "messages. Give it several times to mix; name=0.7 gives a source's share of the prompts.  [default: probe]",
+            "messages. Give it several times to mix; name=0.7 gives a source's share of the prompts. Default: probe.",
             rich_help_panel=PROMPTS,
         ),
     ] = None,
@@ -31,13 +31,12 @@ def analyse(
         typer.Option(help="Folder with MMLU as JSON Lines or CSV; the Hub when left out.", rich_help_panel=PROMPTS),
     ] = None,
     split: Annotated[
-        SplitName | None, typer.Option(help="Split of MMLU.  [default: test]", rich_help_panel=PROMPTS)
+        SplitName | None, typer.Option(help="Split of MMLU. Default: test.", rich_help_panel=PROMPTS)
     ] = None,
     subjects: Annotated[
         str | None,
         typer.Option(
-            help="Subjects of MMLU: all, 56 (those of the public implementation), or names with commas.  "
-            "[default: all]",
+            help="Subjects of MMLU: all, 56 (those of the public implementation), or names with commas.  Default: all.",
             rich_help_panel=PROMPTS,
         ),
     ] = None,

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loki.architecture import Shape
 from loki.choices import StrategyName
-from loki.errors import ArtefactError
+from loki.errors import ArtefactError, InputError
 from loki.log.reader import AttributionLog
 from loki.provenance import compare_models, fingerprint_model
-from loki.rows import load_meta
+from loki.rows import RowSelection, load_meta
+from loki.selection.candidates import candidate_rows
 from loki.selection.quota import format_quota, parse_quota
-from loki.selection.strategies import Selection, select
+from loki.selection.stability import Stability, require_ballot, stability
+from loki.selection.strategies import STRATEGIES, Election, Selection, select_all
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,6 +52,43 @@ def default_positions_dir(log_path: Path) -> Path:
     return Path("kva_result/pos_json") / (log_path.resolve().parent.name if folder in ("", "..") else folder)
 
 
+@dataclass(frozen=True)
+class Request:
+    """One positions file to be made."""
+
+    output: Path
+    quota: str | float | Fraction
+    """In percent of the rows of each layer that is selected from, or of these layers together."""
+    strategy: StrategyName = "layer_balanced"
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What holds for all requests."""
+
+    layers: str | None = None
+    """Layers to select from, such as `8-29`; None: all."""
+    exclude: Sequence[Path] = ()
+    """Positions files whose rows are left alone."""
+    seed: int = 0
+    """Of the random strategy and of the bootstrap."""
+    resamples: int = 0
+    """Bootstrap resamples for the stability; 0: none."""
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise InputError(f"seed {self.seed} is not possible: give 0 or more")
+
+
+@dataclass(frozen=True)
+class Selected:
+    """One positions file that was made."""
+
+    request: Request
+    selection: Selection
+    stability: Stability | None
+
+
 def select_to_file(
     log_path: Path,
     output: Path,
@@ -57,30 +99,93 @@ def select_to_file(
 ) -> Selection:
     """Select rows from a log and write them to `output`, with provenance in `<name>.meta.json`.
 
-    With `shape`, the log must be of a model of this shape.
+    With `shape`, the log must be of a model of this shape. Raises as `select_to_files`.
+    """
+    (selected,) = select_to_files(log_path, [Request(output, quota, strategy)], shape=shape)
+    return selected.selection
+
+
+def select_to_files(
+    log_path: Path | None,
+    requests: Sequence[Request],
+    constraints: Constraints | None = None,
+    *,
+    shape: Shape | None = None,
+) -> list[Selected]:
+    """Make several positions files in one pass over a log, each with provenance in `<name>.meta.json`.
+
+    Rows drawn at random need no log: None will do if there is a `shape`. Nothing is written before all selections
+    are made.
 
     Raises:
-        InputError: as `select`.
-        ArtefactError: as `select`, or the log is of another model.
-        OutputError: the folder cannot be written.
+        InputError: as `Election.of` and `candidate_rows`; no log for a strategy that needs one; two requests for
+            one file; a stability of rows drawn at random.
+        ArtefactError: the log is damaged, holds NaN or infinity, or is of another model; excluded positions are
+            of another shape.
+        OutputError: a folder cannot be written.
     """
-    with AttributionLog(log_path) as log:
-        if shape is not None:
+    constraints = constraints or Constraints()
+    outputs = [request.output for request in requests]
+    for output in outputs:
+        if outputs.count(output) > 1:
+            raise InputError(f"{output} is to be written twice: give each strategy and quota once")
+    with ExitStack() as stack:
+        log = None if log_path is None else stack.enter_context(AttributionLog(log_path))
+        if log is not None and shape is not None:
             require_shape(log, shape)
-        selection = select(log, quota, strategy)
-        header = log.header.as_dict() if log.header else None
-    selection.rows.save(
-        output,
-        meta={
-            "strategy": strategy,
-            "quota_percent": format_quota(parse_quota(quota)),
-            "votes_per_prompt": selection.ballot.count,
-            "num_prompts": selection.votes.num_prompts,
-            "num_abstentions": selection.votes.num_abstentions,
-            "log": header,
-        },
-    )
-    return selection
+        size = log or shape
+        if size is None:
+            raise InputError("neither log nor model is given: rows come from a log, random rows from a model's shape")
+        candidates_LD = candidate_rows(
+            size.num_layers,
+            size.num_rows,
+            layers=constraints.layers,
+            exclude=[RowSelection.load(path) for path in constraints.exclude],
+        )
+        elections = [
+            Election.of(request.strategy, request.quota, candidates_LD, seed=constraints.seed) for request in requests
+        ]
+        if constraints.resamples:
+            if log is None:
+                raise InputError("stability needs a log: it asks how much of a selection depends on its prompts")
+            for election in elections:
+                require_ballot(election)
+        selections = select_all(log, elections)
+        stabilities: list[Stability | None] = [None] * len(selections)
+        if constraints.resamples and log is not None:
+            stabilities = [
+                stability(log, selection, resamples=constraints.resamples, seed=constraints.seed)
+                for selection in selections
+            ]
+        header = log.header.as_dict() if log is not None and log.header else None
+    made = [Selected(*parts) for parts in zip(requests, selections, stabilities, strict=True)]
+    for selected in made:
+        selected.selection.rows.save(selected.request.output, meta=_provenance(selected, constraints, header))
+    return made
+
+
+def _provenance(selected: Selected, constraints: Constraints, header: Mapping[str, Any] | None) -> dict[str, Any]:
+    election, votes = selected.selection.election, selected.selection.votes
+    strategy = STRATEGIES[election.strategy]
+    meta: dict[str, Any] = {"strategy": election.strategy, "quota_percent": format_quota(election.quota)}
+    if votes is None or selected.stability is not None:
+        meta["seed"] = constraints.seed
+    if votes is not None:
+        meta |= {
+            "score": strategy.score,
+            "votes_per_prompt": election.count,
+            "num_prompts": votes.num_prompts,
+            "num_abstentions": votes.num_abstentions,
+        }
+    if constraints.layers is not None:
+        meta["layers"] = constraints.layers
+    if constraints.exclude:
+        meta["excluded"] = [str(path) for path in constraints.exclude]
+    if selected.stability is not None:
+        meta["stability"] = selected.stability.mean
+        meta["num_resamples"] = selected.stability.num_resamples
+    meta["log"] = header
+    return meta
 
 
 def require_shape(log: AttributionLog, shape: Shape) -> None:
