@@ -1,8 +1,11 @@
 """Fixtures of all tests. Nothing may reach for the network."""
 
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Modelling files of model folders are copied there before they run.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="loki-modules-")
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 

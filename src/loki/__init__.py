@@ -14,18 +14,33 @@ from loki._peft_hook import register_with_peft
 if TYPE_CHECKING:
     from loki.analysis.attribution import AttributionResult, attribute
     from loki.errors import LokiError
+    from loki.implanting.convert import create_loki_model
+    from loki.implanting.modeling.modeling_loki import LoKILinear
+    from loki.implanting.restore import restore_loki_model
     from loki.implanting.tuner import LokiConfig
     from loki.rows import RowSelection
 
 __version__ = "0.1.0"
-__all__ = ["AttributionResult", "LokiConfig", "LokiError", "RowSelection", "attribute"]
+__all__ = [
+    "AttributionResult",
+    "LoKILinear",
+    "LokiConfig",
+    "LokiError",
+    "RowSelection",
+    "attribute",
+    "create_loki_model",
+    "restore_loki_model",
+]
 
 _HOMES = {
     "AttributionResult": "loki.analysis.attribution",
+    "LoKILinear": "loki.implanting.modeling.modeling_loki",
     "LokiConfig": "loki.implanting.tuner",
     "LokiError": "loki.errors",
     "RowSelection": "loki.rows",
     "attribute": "loki.analysis.attribution",
+    "create_loki_model": "loki.implanting.convert",
+    "restore_loki_model": "loki.implanting.restore",
 }
 
 

@@ -26,7 +26,7 @@ def test_the_stages_one_by_one(loki, model_dir, tmp_path, monkeypatch):
         "select-nodes", "--hdf5-path", "kva.h5", "--quota", 10, "--output-dir", ".", "--model", model_dir, "--json"
     )
     assert done.code == 0
-    assert json.loads(done.out)["figures"]["num_selected_rows"] == 6
+    assert json.loads(done.out)["figures"]["selections"][0]["num_selected_rows"] == 6
     assert loki("select-nodes", "--hdf5-path", "kva.h5", "--strategy", "global_lowest", "--quota", 30).code == 0
     assert (tmp_path / "kva_result/pos_json/tiny-llama/global_lowest_30.json").is_file()
 

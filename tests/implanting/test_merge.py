@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
+from families import FAMILY_MODELS
+from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import make_model, make_tokenizer
@@ -13,7 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from loki import LokiConfig
 from loki.errors import ArtefactError, InputError, OutputError
+from loki.implanting import checkpoint
+from loki.implanting.checkpoint import StoredTensor
+from loki.implanting.divergence import divergence_tokens, kl_to_adapter
 from loki.implanting.merge import merge
+from loki.implanting.stored_rows import StoredProjection, find_projection
 
 INPUT_IDS = torch.arange(1, 13).reshape(2, 6)
 
@@ -185,3 +191,237 @@ def test_an_adapter_of_named_modules_merges_too(tmp_path, model_dir):
         found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(INPUT_IDS).logits
     assert report.num_changed == 4 * 20 + 3 * 20  # o_proj and up_proj have 20 inputs each
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def adapter_of(model, output, **options):
+    torch.manual_seed(1)
+    wrapped = get_peft_model(model, LokiConfig(init_weights=False, **options))
+    wrapped.save_pretrained(output, save_embedding_layers=False)
+    return output
+
+
+def merged_in_memory(model, adapter):
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {"r": 2}),
+        ("llama", {"r": 3, "lora_alpha": 7}),
+        ("llama", {"target_modules": "o_proj"}),
+        ("llama-biases", {"bias": "rows"}),
+        ("llama-biases", {"bias": "rows", "r": 2, "target_modules": "o_proj"}),
+        ("gpt2", {}),  # Conv1D: stored (F, D)
+        ("gpt2", {"bias": "rows", "r": 2}),
+        ("gpt2", {"bias": "rows", "target_modules": "o_proj"}),  # and square
+        ("gemma3", {}),  # named differently on disk
+        ("gpt_neox", {"bias": "rows"}),
+        ("falcon-alibi", {"r": 2}),
+    ],
+)
+@pytest.mark.parametrize("block_bytes", [100, checkpoint.BLOCK_BYTES])
+def test_every_form_of_adapter_merges_as_peft_merges_it(tmp_path, monkeypatch, name, options, block_bytes):
+    base = FAMILY_MODELS[name].build()
+    base.save_pretrained(tmp_path / "base")
+    adapter = adapter_of(FAMILY_MODELS[name].build(), tmp_path / "adapter", positions=[[3, 9], [], [0, 15]], **options)
+    monkeypatch.setattr(checkpoint, "BLOCK_BYTES", block_bytes)
+    report = merge(str(tmp_path / "base"), adapter, tmp_path / "merged")
+    expected = merged_in_memory(base, adapter).state_dict()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    assert expected.keys() == found.keys()
+    changed = []
+    before = FAMILY_MODELS[name].build().state_dict()
+    for tensor_name, tensor in expected.items():
+        # A·B is summed in another order for some shapes of block.
+        torch.testing.assert_close(found[tensor_name], tensor, rtol=1e-6, atol=1e-7)
+        if not torch.equal(found[tensor_name], before[tensor_name]):
+            changed.append(tensor_name)
+    assert len(changed) == (4 if "bias" in options else 2)
+    num_columns = before[next(n for n in changed if n.endswith("weight"))].numel() // 16
+    assert report.num_changed == 4 * num_columns + (4 if "bias" in options else 0)
+
+
+def test_a_layer_of_gpt_2_that_is_no_conv1d(tmp_path):
+    """Its head is an ordinary linear layer, (D, F)."""
+    base = FAMILY_MODELS["gpt2"].build()
+    base.save_pretrained(tmp_path / "base")
+    adapter = adapter_of(FAMILY_MODELS["gpt2"].build(), tmp_path / "adapter", positions={"lm_head": [1, 40]})
+    assert merge(str(tmp_path / "base"), adapter, tmp_path / "merged").num_changed == 2 * 16
+    expected = merged_in_memory(base, adapter).state_dict()["lm_head.weight"]
+    assert torch.equal(tensors_of(tmp_path / "merged")["lm_head.weight"], expected)
+
+
+def stored(name, *shape):
+    return StoredTensor(name, Path("model.safetensors"), "F32", shape, 0, 4)
+
+
+def test_modules_are_found_by_the_end_of_their_names():
+    tensors = {
+        tensor.name: tensor for tensor in (stored("lm.layers.0.mlp.down.weight", 3, 2), stored("norm.weight", 3))
+    }
+    found = find_projection(tensors, "model.language.layers.0.mlp.down", "gemma3")
+    assert found == StoredProjection(tensors["lm.layers.0.mlp.down.weight"], None, is_transposed=False)
+    assert (found.num_rows, found.num_columns) == (3, 2)
+    # Without the layer's number the end could mean anything.
+    assert find_projection(tensors, "model.language.layers.1.mlp.down", "gemma3") is None
+    with pytest.raises(ArtefactError, match=r"norm.weight has the shape \[3\]: its rows are not known"):
+        find_projection(tensors, "norm", "gemma3")
+
+
+def test_a_name_that_could_mean_two_tensors_is_refused():
+    tensors = {name: stored(name, 3, 2) for name in ("a.layers.0.down.weight", "b.layers.0.down.weight")}
+    with pytest.raises(ArtefactError, match=r"could be 'a.layers.0.down.weight' or 'b.layers.0.down.weight'"):
+        find_projection(tensors, "model.layers.0.down", "llama")
+    assert find_projection(tensors, "b.layers.0.down", "llama").weight.name == "b.layers.0.down.weight"
+
+
+def test_the_change_of_a_rank_by_hand(tmp_path, model_dir):
+    """(lora_alpha / r)·A·B on rows 2 and 5 of one projection."""
+    adapter = adapter_of(make_model(), tmp_path / "adapter", positions=[[5, 2], [], []], r=1, lora_alpha=3)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    prefix = "base_model.model.model.layers.0.mlp.down_proj"
+    assert set(weights) == {f"{prefix}.loki_A", f"{prefix}.loki_B"}
+    weights[f"{prefix}.loki_A"] = torch.tensor([[1.0], [2.0]])
+    weights[f"{prefix}.loki_B"] = torch.arange(24.0)[None]
+    save_file(weights, adapter / "adapter_model.safetensors")
+    merge(str(model_dir), adapter, tmp_path / "merged")
+    name = "model.layers.0.mlp.down_proj.weight"
+    change = tensors_of(tmp_path / "merged")[name] - tensors_of(model_dir)[name]
+    expected = torch.zeros(20, 24)
+    expected[2], expected[5] = 3 * torch.arange(24.0), 6 * torch.arange(24.0)
+    torch.testing.assert_close(change, expected, rtol=1e-5, atol=1e-5)
+
+
+def edit_adapter(adapter, change):
+    weights = load_file(adapter / "adapter_model.safetensors")
+    change(weights)
+    save_file(weights, adapter / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"r": 4}, r"factors \[3, 2\] and \[2, 24\] of model.layers.1.mlp.down_proj do not have rank 4"),
+        ({"r": None}, "has r=None and lora_alpha=4"),
+        ({"lora_alpha": "much"}, "lora_alpha='much': both must be numbers"),
+    ],
+)
+def test_a_rank_that_is_not_that_of_the_factors_is_refused(tmp_path, model_dir, config, message):
+    adapter = adapter_of(make_model(), tmp_path / "adapter", positions=[[], [5, 2, 9], []], r=2)
+    found = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**found, **config}))
+    refuse(ArtefactError, message, model_dir, adapter, tmp_path)
+
+
+def test_an_adapter_with_one_factor_or_other_tensors_is_refused(tmp_path, model_dir):
+    adapter = adapter_of(make_model(), tmp_path / "adapter", positions=[[5], [], []], r=2)
+    edit_adapter(adapter, lambda weights: weights.pop("base_model.model.model.layers.0.mlp.down_proj.loki_A"))
+    refuse(ArtefactError, "holds tensors that are no row changes", model_dir, adapter, tmp_path)
+    edit_adapter(adapter, lambda weights: weights.update({"base_model.model.lm_head.lora_A.weight": torch.ones(1)}))
+    refuse(ArtefactError, "holds tensors that are no row changes", model_dir, adapter, tmp_path)
+
+
+def test_an_adapter_that_lacks_a_layer_is_refused(tmp_path, model_dir, adapter_dir):
+    edit_adapter(adapter_dir, lambda weights: weights.pop("base_model.model.model.layers.1.mlp.down_proj.loki_delta"))
+    refuse(ArtefactError, "has weights for 2 layers, positions for 3", model_dir, adapter_dir, tmp_path)
+
+
+def test_a_bias_that_the_base_does_not_have_is_refused(tmp_path, model_dir, adapter_dir):
+    name = "base_model.model.model.layers.2.mlp.down_proj.loki_bias"
+    edit_adapter(adapter_dir, lambda weights: weights.update({name: torch.ones(1)}))
+    message = "changes model.layers.2.mlp.down_proj.bias, which model .* does not have"
+    refuse(ArtefactError, message, model_dir, adapter_dir, tmp_path)
+    edit_adapter(adapter_dir, lambda weights: weights.update({name: torch.ones(2)}))
+    refuse(
+        ArtefactError,
+        "the bias of model.layers.2.mlp.down_proj has 2 changes for 1 positions",
+        model_dir,
+        adapter_dir,
+        tmp_path,
+    )
+
+
+def test_a_row_that_the_base_does_not_have_is_refused(tmp_path, model_dir, adapter_dir):
+    config = json.loads((adapter_dir / "adapter_config.json").read_text())
+    config["positions"][2] = [20]
+    (adapter_dir / "adapter_config.json").write_text(json.dumps(config))
+    refuse(
+        ArtefactError, r"does not fit model.layers.2.mlp.down_proj.weight \(20 × 24\)", model_dir, adapter_dir, tmp_path
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_change_that_is_not_finite_is_refused(tmp_path, model_dir, adapter_dir, value):
+    name = "base_model.model.model.layers.1.mlp.down_proj.loki_delta"
+    edit_adapter(adapter_dir, lambda weights: weights[name][2, 3].fill_(value))
+    refuse(
+        ArtefactError, "change of model.layers.1.mlp.down_proj has NaN or infinity", model_dir, adapter_dir, tmp_path
+    )
+
+
+def test_a_change_too_large_for_the_dtype_is_refused(tmp_path, model_dir, adapter_dir):
+    name = "base_model.model.model.layers.1.mlp.down_proj.loki_delta"
+    edit_adapter(adapter_dir, lambda weights: weights[name][2, 3].fill_(1e5))
+    names = sorted(file.name for file in tmp_path.iterdir())
+    with pytest.raises(ArtefactError, match=r"does not fit into float16 .*: merge with --dtype float32"):
+        merge(str(model_dir), adapter_dir, tmp_path / "merged", dtype=torch.float16)
+    assert sorted(file.name for file in tmp_path.iterdir()) == names
+    merge(str(model_dir), adapter_dir, tmp_path / "merged")
+
+
+def test_a_quantised_base_is_refused(tmp_path, model_dir, adapter_dir):
+    shutil.copytree(model_dir, tmp_path / "base")
+    tensors = load_file(model_dir / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    save_file({**tensors, name: tensors[name].to(torch.int8)}, tmp_path / "base/model.safetensors")
+    refuse(
+        ArtefactError,
+        "is stored as I8, .*use the model that was not quantised",
+        tmp_path / "base",
+        adapter_dir,
+        tmp_path,
+    )
+
+
+def test_small_changes_vanish_in_bfloat16_and_the_report_says_so(tmp_path, model_dir, sharded_dir, adapter_dir):
+    def shrink(weights):
+        for tensor in weights.values():
+            tensor.fill_(1e-7)
+
+    edit_adapter(adapter_dir, shrink)
+    assert merge(str(sharded_dir), adapter_dir, tmp_path / "a").lost_percent > 99
+    assert merge(str(sharded_dir), adapter_dir, tmp_path / "b", dtype=torch.float32).lost_percent < 20
+
+
+def test_the_divergence_by_hand(tmp_path, model_dir, sharded_dir, adapter_dir):
+    ids = torch.arange(1, 9)[None]
+    merge(str(model_dir), adapter_dir, tmp_path / "exact")
+    exact = kl_to_adapter(str(model_dir), adapter_dir, tmp_path / "exact", ids)
+    assert exact.num_tokens == 8
+    assert abs(exact.kl_nats_per_token) < 1e-9  # the same weights but for float32 rounding
+
+    merge(str(sharded_dir), adapter_dir, tmp_path / "rounded")
+    rounded = kl_to_adapter(str(sharded_dir), adapter_dir, tmp_path / "rounded", ids)
+    wrapped = AutoModelForCausalLM.from_pretrained(sharded_dir, dtype=torch.float32)
+    wrapped.load_adapter(adapter_dir)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "rounded", dtype=torch.float32)
+    with torch.no_grad():
+        p, q = (model(ids).logits[0].double().softmax(-1) for model in (wrapped, merged))
+    expected = sum(float(p[t, v] * (p[t, v] / q[t, v]).log()) for t in range(8) for v in range(p.shape[1])) / 8
+    assert rounded.kl_nats_per_token == pytest.approx(expected, rel=1e-6)
+    assert rounded.kl_nats_per_token > 1e-7
+
+
+def test_texts_for_the_divergence(tmp_path, model_dir):
+    (tmp_path / "text.txt").write_text("a" * 900)
+    assert divergence_tokens(str(tmp_path / "text.txt"), str(model_dir)).shape == (1, 512)
+    assert divergence_tokens("probe", str(model_dir)).shape == (1, 512)
+    (tmp_path / "text.txt").write_text("a")
+    with pytest.raises(InputError, match="fewer than 2 tokens"):
+        divergence_tokens(str(tmp_path / "text.txt"), str(model_dir))
+    with pytest.raises(InputError, match=r"'no.txt' for --kl cannot be read .*: give a text file, or probe"):
+        divergence_tokens("no.txt", str(model_dir))
+    (tmp_path / "text.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="it is not UTF-8"):
+        divergence_tokens(str(tmp_path / "text.txt"), str(model_dir))

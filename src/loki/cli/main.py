@@ -13,13 +13,19 @@ import typer
 
 from loki import __version__
 from loki.cli.analyse import analyse
+from loki.cli.compare_positions import compare_positions
+from loki.cli.create_model import create_model
 from loki.cli.demo import demo
 from loki.cli.evaluate import evaluate
+from loki.cli.export_lora import export_lora
+from loki.cli.info import info
 from loki.cli.merge import merge
 from loki.cli.merge_logs import merge_logs
 from loki.cli.report import report
+from loki.cli.restore_model import restore_model
 from loki.cli.run import run as run_command
 from loki.cli.select_nodes import select_nodes
+from loki.cli.suppress import suppress
 from loki.cli.train import train
 from loki.errors import LokiError
 
@@ -38,10 +44,16 @@ app.command("run")(run_command)
 app.command()(analyse)
 app.command()(merge_logs)
 app.command()(select_nodes)
+app.command()(compare_positions)
 app.command()(train)
 app.command()(merge)
+app.command()(create_model)
+app.command()(restore_model)
+app.command()(export_lora)
+app.command()(suppress)
 app.command()(evaluate)
 app.command()(report)
+app.command()(info)
 
 
 def _show_version(value: bool) -> None:

@@ -7,69 +7,134 @@ from typing import Annotated
 
 import typer
 
-from loki.cli.options import DeviceOption, DtypeOption, ModelOption, SeedOption, StrictOption, TrustOption
+from loki.choices import DtypeName
+from loki.training.settings import AnswersName, ReporterName
 
 
 def train(
-    model: ModelOption,
-    positions: Annotated[Path, typer.Option(help="Positions file that `loki select-nodes` wrote.")],
-    output_dir: Annotated[Path, typer.Option(help="Folder for the adapter; it must not exist yet.")],
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW with a cosine schedule.")],
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")],
+    config: Annotated[
+        Path | None,
+        typer.Argument(help="YAML of settings, named as the options with underscores; options come before it."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Hugging Face model folder, Hub id, or `embedded`.")] = None,
+    positions: Annotated[Path | None, typer.Option(help="Positions file that `loki select-nodes` wrote.")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Folder for the adapter; it must not exist yet.")] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Peak learning rate of AdamW, with a cosine schedule, at a quota of 10 %; for another quota q "
+            "it is multiplied by (10 / q)^0.83."
+        ),
+    ] = None,
+    scale_learning_rate: Annotated[
+        bool | None,
+        typer.Option(
+            "--scale-learning-rate/--no-scale-learning-rate",
+            help="Whether the learning rate is scaled by the quota; it is unless told otherwise.",
+        ),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     data: Annotated[
-        str, typer.Option(help="JSON Lines with prompt/completion or messages, or `function-calls` (built in).")
-    ] = "function-calls",
+        str | None,
+        typer.Option(
+            help="JSON Lines with prompt/completion, messages or instruction/input/output, or `function-calls` "
+            "(built in, and what is used when left out)."
+        ),
+    ] = None,
     examples: Annotated[int | None, typer.Option(help="Use this many examples.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples per device and step.")] = 4,
-    accumulate: Annotated[int, typer.Option(help="Batches per optimiser step.")] = 1,
-    warmup_steps: Annotated[int, typer.Option(help="Steps of rising learning rate.")] = 0,
-    weight_decay: Annotated[float, typer.Option(help="Decay of the change towards zero.")] = 0.0,
-    max_length: Annotated[int, typer.Option(help="Cut longer examples, in tokens.")] = 2048,
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
+    answers: Annotated[
+        AnswersName | None,
+        typer.Option(
+            help="Which of the assistant's turns in messages are learned; auto (when left out): all if the chat "
+            "template can tell them apart, else the last."
+        ),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples per device and step; 4 when left out.")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Batches per optimiser step; 1 when left out.")] = None,
+    warmup_steps: Annotated[int | None, typer.Option(help="Steps of rising learning rate; none when left out.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Decay of the change towards zero.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Train a change of this rank (LoKI*); the rows themselves when left out.")
+    ] = None,
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="Scale of that change; twice the rank when left out.")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Cut longer examples, in tokens; 2048 when left out.")] = None,
+    packing: Annotated[
+        bool | None, typer.Option("--packing/--no-packing", help="Put several examples into one sequence.")
+    ] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; 50 when left out.")] = None,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
-    ] = False,
-    seed: SeedOption = 0,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = None,
-    trust_remote_code: TrustOption = False,
-    strict: StrictOption = False,
+        bool | None,
+        typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time."),
+    ] = None,
+    report_to: Annotated[
+        ReporterName | None, typer.Option(help="Also write the figures to `tensorboard` in the adapter's folder.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything drawn at random; 0 when left out.")] = None,
+    dtype: Annotated[
+        DtypeName | None, typer.Option(help="`auto` (when left out) is float32 on a CPU and bfloat16 elsewhere.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Such as cpu, cuda or cuda:1; the best there is when left out.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool | None, typer.Option("--trust-remote-code", help="Run code from the model's folder.")
+    ] = None,
+    strict: Annotated[
+        bool | None, typer.Option("--strict", help="Refuse files made with other weights or dtype.")
+    ] = None,
 ) -> None:
     """Train the selected rows on a task, with TRL's SFTTrainer; the rest of the model stays frozen.
 
-    An interrupted training goes on from its last checkpoint when the same command is given again.
+    An interrupted training goes on from its last checkpoint when the same command is given again. A forgetting budget
+    is a section of the settings file: `budget: {text: probe, max_loss_rise: 0.05, every: 20, action: stop}`. Several
+    processes share each step under `accelerate launch -m loki train …` or `torchrun -m loki train …`.
 
     Example: loki train --model embedded --positions 10.json --examples 600 --learning-rate 0.002 --steps 150
     --output-dir adapter
     """
+    options = dict(locals())
+    del options["config"]
+    _run(config, options)
+
+
+def _run(path: Path | None, options: dict[str, object]) -> None:
     from loki.cli.show import notes, track
-    from loki.models import load_model, load_tokenizer
+    from loki.models import launched_dtype, load_model, load_tokenizer
     from loki.provenance import require_new_directory
     from loki.rows import RowSelection
     from loki.selection.run import check_model
+    from loki.training.config import load_train_config
     from loki.training.examples import load_examples
-    from loki.training.settings import TrainSettings
+    from loki.training.processes import is_first_process, process_device
     from loki.training.sft import train as run_training
 
-    settings = TrainSettings(
-        learning_rate=learning_rate,
-        steps=steps,
-        batch_size=batch_size,
-        accumulate=accumulate,
-        warmup_steps=warmup_steps,
-        weight_decay=weight_decay,
-        max_length=max_length,
-        save_every=save_every,
-        gradient_checkpointing=gradient_checkpointing,
-        seed=seed,
+    config = load_train_config(path, options)
+    settings = config.settings()
+    selection = RowSelection.load(config.positions)
+    rows = load_examples(config.data, count=config.examples, seed=config.seed)
+    budget = config.budget.budget() if config.budget else None
+    is_first = is_first_process()
+    if is_first:
+        require_new_directory(config.output_dir)
+    base = load_model(
+        config.model,
+        dtype=launched_dtype(config.dtype),
+        device=config.device or process_device(),
+        trust_remote_code=config.trust_remote_code,
     )
-    selection = RowSelection.load(positions)
-    rows = load_examples(data, count=examples, seed=seed)
-    require_new_directory(output_dir)
-    base = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    check_model(positions, base, strict=strict)
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    record = run_training(base, tokenizer, selection, rows, settings, output_dir, track=track)
+    check_model(config.positions, base, strict=config.strict)
+    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    record = run_training(base, tokenizer, selection, rows, settings, config.output_dir, budget=budget, track=track)
+    if not is_first:
+        return
     notes.print(
-        f"wrote {output_dir}: {record['num_trainable']:,} weights trained, mean loss {record['train_loss']:.3f}"
+        f"wrote {config.output_dir}: {record['num_trainable']:,} weights trained, "
+        f"mean loss {record['train_loss']:.3f}, learning rate {record['learning_rate']:.3g}"
+        + (
+            f" ({settings.learning_rate:.3g} scaled to a quota of {record['quota_percent']} %)"
+            if record["learning_rate"] != settings.learning_rate
+            else ""
+        )
     )

@@ -1,41 +1,73 @@
-"""Merging a LoKI adapter into an ordinary checkpoint, shard by shard.
+"""Merging a LoKI adapter into an ordinary checkpoint, block by block.
 
 The base's own files are read and written again: original tensor names, dtypes and shards; rows that were not
-selected stay bit-identical. Only the shard at hand is in memory.
+selected stay bit-identical. One block of one tensor is in memory, and the change of one layer.
+
+Legend: D rows, F columns, K selected rows, R rank.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Mapping
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 
-from loki.errors import ArtefactError, InputError
-from loki.models import locate_model
-from loki.provenance import new_directory, read_json, require_new_directory
+from loki.errors import ArtefactError
+from loki.implanting.checkpoint import (
+    NewTensor,
+    StoredTensor,
+    copy_companions,
+    find_folder,
+    open_checkpoint,
+    rewrite,
+    unchanged,
+    with_dtype,
+)
+from loki.implanting.stored_rows import Replace, find_projection, layer_number, replace_rows
+from loki.progress import Track, silent
+from loki.provenance import new_directory, read_json, require_new_directory, write_json
 from loki.rows import RowSelection, named_for
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-CARRIED_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*")
-"""Copied along with the weights: configuration, tokenizer, chat template, licence; no code, no pickles."""
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+DELTA, FACTOR_A, FACTOR_B, BIAS = "loki_delta", "loki_A", "loki_B", "loki_bias"
+"""Tensors of an adapter: change of rows (K, F), or its factors (K, R) and (R, F); change of the rows' biases (K,)."""
 
 
 @dataclass(frozen=True)
 class RowChange:
-    """The change of one layer's selected rows."""
+    """The change of one module's selected rows, on disk."""
 
-    rows: torch.Tensor
-    """(K,) int64."""
-    delta_KF: torch.Tensor  # noqa: N815
-    """(K, F) float32."""
+    weights: Path
+    prefix: str
+    """What the names of its tensors begin with."""
+    rows: tuple[int, ...]
+    """K, ascending."""
+    num_columns: int
+    """F."""
+    scale: float | None
+    """Factor of the product of the factors; None where the change itself is stored."""
+    has_bias: bool
+
+    def delta(self) -> torch.Tensor:
+        """(K, F) float32."""
+        if self.scale is None:
+            return self._read(DELTA)
+        return self.scale * (self._read(FACTOR_A) @ self._read(FACTOR_B))
+
+    def bias(self) -> torch.Tensor:
+        """(K, 1) float32."""
+        return self._read(BIAS)[:, None]
+
+    def _read(self, part: str) -> torch.Tensor:
+        with safe_open(self.weights, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(f"{self.prefix}.{part}")
+        return tensor.float()
 
 
 @dataclass(frozen=True)
@@ -53,33 +85,97 @@ class MergeReport:
 
 
 def load_row_changes(adapter: Path) -> dict[str, RowChange]:
-    """Changes of a saved LoKI adapter by module name, without loading a model.
+    """Changes of a saved LoKI adapter by module name, without loading a model, nor the weights.
 
     Raises:
         ArtefactError: not a LoKI adapter, or its weights and positions disagree.
     """
-    if not (adapter / "adapter_config.json").is_file():
-        raise ArtefactError(f"{adapter} has no adapter_config.json: name the folder that `loki train` wrote")
-    config = read_json(adapter / "adapter_config.json", what="adapter")
+    if not (adapter / ADAPTER_CONFIG).is_file():
+        raise ArtefactError(f"{adapter} has no {ADAPTER_CONFIG}: name the folder that `loki train` wrote")
+    config = read_json(adapter / ADAPTER_CONFIG, what="adapter")
     if not isinstance(config, dict) or config.get("peft_type") != "LOKI":
         found = config.get("peft_type") if isinstance(config, dict) else None
         raise ArtefactError(f"adapter {adapter} is of type {found!r}, not 'LOKI': merge it with PEFT")
     if config.get("modules_to_save"):
         raise ArtefactError(f"adapter {adapter} has modules_to_save: merge it with PEFT's merge_and_unload")
-    weights_path = adapter / ADAPTER_WEIGHTS
-    if not weights_path.is_file():
+    weights = adapter / ADAPTER_WEIGHTS
+    if not weights.is_file():
         raise ArtefactError(f"adapter {adapter} has no {ADAPTER_WEIGHTS}: train again")
     try:
-        weights = load_file(weights_path)
-    except Exception as error:  # safetensors raises its own and OSError for damaged files
-        raise ArtefactError(f"adapter weights {weights_path} are damaged: train again") from error
+        with safe_open(weights, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  (no dict)
+    except (SafetensorError, OSError) as error:
+        raise ArtefactError(f"adapter weights {weights} are damaged: train again") from error
+    parts: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+    for name, shape in shapes.items():
+        prefix, _, part = name.rpartition(".")
+        parts[prefix][part] = shape
+    prefixes = {prefix.removeprefix("base_model.model."): prefix for prefix in parts}
+    if not parts or any(set(found) - {BIAS} not in ({DELTA}, {FACTOR_A, FACTOR_B}) for found in parts.values()):
+        raise ArtefactError(f"adapter {adapter} holds tensors that are no row changes: merge it with PEFT")
+    rows_of = _rows_by_name(list(prefixes), config.get("positions"), adapter)
     return {
-        name: RowChange(torch.tensor(rows), delta)
-        for name, rows, delta in _match(weights, config.get("positions"), adapter)
+        name: _row_change(name, prefix, parts[prefix], rows_of[name], config, adapter)
+        for name, prefix in prefixes.items()
     }
 
 
-def merge(base: str, adapter: Path, output: Path, *, dtype: torch.dtype | None = None) -> MergeReport:
+def _row_change(
+    name: str,
+    prefix: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    rows: Sequence[int],
+    config: Mapping[str, Any],
+    adapter: Path,
+) -> RowChange:
+    scale = None
+    num_rows, *columns = shapes[DELTA] if DELTA in shapes else (shapes[FACTOR_A][0], *shapes[FACTOR_B][1:])
+    if DELTA not in shapes:
+        rank, alpha = config.get("r"), config.get("lora_alpha")
+        if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+            raise ArtefactError(f"adapter {adapter} has r={rank!r} and lora_alpha={alpha!r}: both must be numbers")
+        if shapes[FACTOR_A][1:] != (rank,) or shapes[FACTOR_B][:1] != (rank,):
+            raise ArtefactError(
+                f"adapter {adapter}: factors {list(shapes[FACTOR_A])} and {list(shapes[FACTOR_B])} of {name} "
+                f"do not have rank {rank}"
+            )
+        scale = alpha / rank
+    if num_rows != len(rows):
+        raise ArtefactError(f"adapter {adapter}: {name} has {num_rows} row changes for {len(rows)} positions")
+    if BIAS in shapes and shapes[BIAS] != (num_rows,):
+        found = math.prod(shapes[BIAS])
+        raise ArtefactError(f"adapter {adapter}: the bias of {name} has {found} changes for {num_rows} positions")
+    if len(columns) != 1:
+        raise ArtefactError(f"adapter {adapter}: the change of {name} is no matrix")
+    return RowChange(adapter / ADAPTER_WEIGHTS, prefix, tuple(rows), columns[0], scale, BIAS in shapes)
+
+
+def _rows_by_name(names: Sequence[str], positions: Any, adapter: Path) -> dict[str, list[int]]:
+    """Each module's rows: by its name, or by its layer for positions in a list."""
+    if isinstance(positions, Mapping):
+        named = dict(zip(positions, RowSelection.from_lists(list(positions.values())).as_lists(), strict=True))
+        return {name: named.get(named_for(name, named) or "", []) for name in names}
+    selection = RowSelection.from_lists(positions, what=f"positions of adapter {adapter}")
+    layers: dict[str, set[int]] = defaultdict(set)
+    rows: dict[str, list[int]] = {}
+    for name in names:
+        layer = layer_number(name)
+        if layer is None:
+            raise ArtefactError(f"adapter {adapter}: {name!r} does not say which layer it is in")
+        rows[name] = list(selection.rows[layer]) if layer < selection.num_layers else []
+        layers[name.replace(str(layer), "*")].add(layer)
+    with_rows = {layer for layer, chosen in enumerate(selection.rows) if chosen}
+    for found in layers.values():
+        if found != with_rows:
+            raise ArtefactError(
+                f"adapter {adapter} has weights for {len(found)} layers, positions for {len(with_rows)}: train again"
+            )
+    return rows
+
+
+def merge(
+    base: str, adapter: Path, output: Path, *, dtype: torch.dtype | None = None, track: Track = silent
+) -> MergeReport:
     """Write base + adapter to `output` as an ordinary checkpoint that `transformers` loads by itself.
 
     `dtype` stores floating-point tensors in another dtype than the base's (float32 loses nothing).
@@ -90,155 +186,106 @@ def merge(base: str, adapter: Path, output: Path, *, dtype: torch.dtype | None =
         OutputError: `output` cannot be written.
     """
     require_new_directory(output)
-    source = _local_folder(base)
-    shards = _shards(source)
-    changes = load_row_changes(adapter)
-    _require_fit(source, shards, changes, adapter, base)
-    totals = _Totals()
+    source = open_checkpoint(find_folder(base))
+    config = source.config()
+    merging = _Merging(dtype)
+    for module, change in load_row_changes(adapter).items():
+        projection = find_projection(source.tensors, module, str(config.get("model_type")))
+        if projection is None or (change.has_bias and projection.bias is None):
+            missing = f"{module}.weight" if projection is None else f"{module}.bias"
+            raise ArtefactError(
+                f"adapter {adapter} changes {missing}, which model {base!r} does not have: "
+                "merge it with the model it was trained on"
+            )
+        if change.rows[-1] >= projection.num_rows or change.num_columns != projection.num_columns:
+            raise ArtefactError(
+                f"adapter {adapter} does not fit {projection.weight.name} "
+                f"({projection.num_rows} × {projection.num_columns}) of model {base!r}: "
+                "merge it with the model it was trained on"
+            )
+        _require_finite(change, module, adapter)
+        merging.add(projection.weight, change.rows, change.delta, is_transposed=projection.is_transposed)
+        if change.has_bias and projection.bias is not None:
+            merging.add(projection.bias, change.rows, change.bias)
     with new_directory(output) as directory:
-        for pattern in CARRIED_FILES:
-            for file in source.glob(pattern):
-                if file.is_file() and not file.name.startswith(("loki_", "adapter_")):
-                    shutil.copyfile(file, directory / file.name)
+        copy_companions(source.folder, directory)
         if dtype is not None:
-            _set_config_dtype(directory / "config.json", dtype)
-        for shard in sorted(set(shards.values())):
-            _merge_shard(source / shard, directory / shard, changes, dtype, totals)
-    return MergeReport(
-        num_parameters=totals.num_parameters,
-        num_changed=totals.num_changed,
-        change_norm=totals.change_squared**0.5,
-        lost_percent=100 * (totals.lost_squared / totals.change_squared) ** 0.5 if totals.change_squared else 0.0,
-    )
+            write_json(directory / "config.json", with_dtype(config, dtype))
+        rewrite(source, directory, merging.write, track=track)
+    return merging.report()
 
 
-@dataclass
-class _Totals:
-    num_parameters: int = 0
-    num_changed: int = 0
-    change_squared: float = 0.0
-    lost_squared: float = 0.0
+def _require_finite(change: RowChange, module: str, adapter: Path) -> None:
+    if not (change.delta().isfinite().all() and (not change.has_bias or change.bias().isfinite().all())):
+        raise ArtefactError(
+            f"adapter {adapter}: the change of {module} has NaN or infinity: train again with a lower rate"
+        )
 
 
-def _merge_shard(
-    source: Path, target: Path, changes: Mapping[str, RowChange], dtype: torch.dtype | None, totals: _Totals
-) -> None:
-    tensors: dict[str, torch.Tensor] = {}
-    with safe_open(source, framework="pt") as shard:
-        metadata = shard.metadata()
-        for name in shard.keys():  # noqa: SIM118  (not a mapping)
-            tensor = shard.get_tensor(name)
-            totals.num_parameters += tensor.numel()
-            stored = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-            change = changes.get(name.removesuffix(".weight"))
-            if change is not None and name.endswith(".weight"):
-                before_KF = tensor[change.rows].float()
-                after_KF = (before_KF + change.delta_KF.float()).to(stored.dtype)
-                stored = stored.index_copy(0, change.rows, after_KF)
-                moved_KF = after_KF.float() - before_KF
-                totals.num_changed += int((moved_KF != 0).sum())
-                totals.change_squared += float(change.delta_KF.double().square().sum())
-                totals.lost_squared += float((moved_KF.double() - change.delta_KF.double()).square().sum())
-            tensors[name] = stored.contiguous()
-    save_file(tensors, target, metadata=metadata)
-    target.chmod(0o644)  # safetensors makes files that only their owner may read
+class _Merging:
+    """The tensors to change, and what has been changed so far."""
 
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self.dtype = dtype
+        self.changes: dict[str, _TensorChange] = {}
+        self.num_parameters = 0
+        self.num_changed = 0
+        self.change_squared = 0.0
+        self.lost_squared = 0.0
 
-def _match(
-    weights: Mapping[str, torch.Tensor], positions: Any, adapter: Path
-) -> list[tuple[str, list[int], torch.Tensor]]:
-    """Each weight with its rows: by module name, or by layer number for positions in a list."""
-    deltas = {
-        name.removeprefix("base_model.model.").removesuffix(".loki_delta"): delta
-        for name, delta in weights.items()
-        if name.endswith(".loki_delta")
-    }
-    if len(deltas) != len(weights) or not deltas:
-        raise ArtefactError(f"adapter {adapter} holds tensors that are no row changes: merge it with PEFT")
-    if isinstance(positions, Mapping):
-        by_name = {name: positions.get(named_for(name, positions), []) for name in deltas}
-    else:
-        selection = RowSelection.from_lists(positions, what=f"positions of adapter {adapter}")
-        by_name = {name: list(selection.rows[_layer_number(name, adapter)]) for name in deltas}
-        with_rows = sum(1 for rows in selection.rows if rows)
-        if len(deltas) != with_rows:
-            raise ArtefactError(f"adapter {adapter} has weights for {len(deltas)} layers, positions for {with_rows}")
-    matched = []
-    for name, delta in deltas.items():
-        rows = by_name.get(name, [])
-        if len(rows) != len(delta):
-            raise ArtefactError(f"adapter {adapter}: {name} has {len(delta)} row changes for {len(rows)} positions")
-        matched.append((name, rows, delta))
-    return matched
+    def add(
+        self,
+        stored: StoredTensor,
+        rows: tuple[int, ...],
+        load: Callable[[], torch.Tensor],
+        *,
+        is_transposed: bool = False,
+    ) -> None:
+        """Note that a tensor's rows are to be changed by what `load` gives.
 
+        Raises:
+            ArtefactError: it is stored in a dtype that cannot be changed.
+        """
+        stored.require_float()
+        self.changes[stored.name] = _TensorChange(rows, load, is_transposed)
 
-def _layer_number(module_name: str, adapter: Path) -> int:
-    numbers = [int(part) for part in module_name.split(".") if part.isdecimal()]
-    if len(numbers) != 1:
-        raise ArtefactError(f"adapter {adapter}: {module_name!r} does not say which layer it is in")
-    return numbers[0]
+    def write(self, stored: StoredTensor) -> list[NewTensor]:
+        """What is written in a tensor's place."""
+        self.num_parameters += stored.num_elements
+        change = self.changes.get(stored.name)
+        if change is None:
+            return [unchanged(stored, self.dtype)]
 
+        def prepare() -> Replace:
+            delta_KF = change.load()
+            return lambda before_KF, rows, columns: self._changed(stored, before_KF, delta_KF[rows, columns])
 
-def _require_fit(
-    source: Path, shards: Mapping[str, str], changes: Mapping[str, RowChange], adapter: Path, base: str
-) -> None:
-    for module, change in changes.items():
-        name = f"{module}.weight"
-        if name not in shards:
+        return [
+            replace_rows(stored, change.rows, prepare, is_transposed=change.is_transposed, dtype=self.dtype),
+        ]
+
+    def _changed(self, stored: StoredTensor, before_KF: torch.Tensor, delta_KF: torch.Tensor) -> torch.Tensor:
+        wide = torch.promote_types(before_KF.dtype, torch.float32)
+        after_KF = (before_KF.to(wide) + delta_KF).to(self.dtype or stored.dtype)
+        if not after_KF.isfinite().all():
             raise ArtefactError(
-                f"adapter {adapter} changes {name}, which model {base!r} does not have: "
-                "merge it with the model it was trained on"
+                f"{stored.name} does not fit into {str(after_KF.dtype).removeprefix('torch.')} with its change: "
+                "merge with --dtype float32"
             )
-        with safe_open(source / shards[name], framework="pt") as shard:
-            num_rows, num_columns = shard.get_slice(name).get_shape()
-        if int(change.rows.max()) >= num_rows or change.delta_KF.shape[1] != num_columns:
-            raise ArtefactError(
-                f"adapter {adapter} does not fit {name} ({num_rows} × {num_columns}) of model {base!r}: "
-                "merge it with the model it was trained on"
-            )
+        moved_KF = after_KF.to(wide) - before_KF.to(wide)
+        self.num_changed += int((moved_KF != 0).sum())
+        self.change_squared += float(delta_KF.double().square().sum())
+        self.lost_squared += float((moved_KF.double() - delta_KF.double()).square().sum())
+        return after_KF
+
+    def report(self) -> MergeReport:
+        """What merging did."""
+        lost = (self.lost_squared / self.change_squared) ** 0.5 if self.change_squared else 0.0
+        return MergeReport(self.num_parameters, self.num_changed, self.change_squared**0.5, 100 * lost)
 
 
-def _local_folder(base: str) -> Path:
-    source = locate_model(base)
-    if Path(source).is_dir():
-        return Path(source)
-    try:
-        return Path(snapshot_download(source, allow_patterns=["*.safetensors", *CARRIED_FILES]))
-    except Exception as error:  # the Hub's errors have no common class but this
-        raise InputError(f"model {base!r} cannot be fetched: {str(error).splitlines()[0]}") from error
-
-
-def _shards(source: Path) -> dict[str, str]:
-    """Which file holds each tensor of a checkpoint.
-
-    Raises:
-        InputError: no safetensors in the folder.
-        ArtefactError: a shard that the index names is missing, or lacks tensors.
-    """
-    index_path = source / "model.safetensors.index.json"
-    if index_path.exists():
-        index: dict[str, str] = read_json(index_path, what="shard index")["weight_map"]
-    elif (source / "model.safetensors").exists():
-        index = {}
-    else:
-        raise InputError(f"model folder {source} has no safetensors weights: save it with safe_serialization")
-    files = set(index.values()) or {"model.safetensors"}
-    found: dict[str, str] = {}
-    for name in sorted(files):
-        if Path(name).name != name or not (source / name).is_file():
-            raise ArtefactError(f"shard {name!r} of model {source} is missing: fetch the model again")
-        try:
-            with safe_open(source / name, framework="pt") as shard:
-                found.update(dict.fromkeys(shard.keys(), name))
-        except SafetensorError as error:
-            raise ArtefactError(f"shard {name!r} of model {source} is damaged: fetch the model again") from error
-    if index and index != found:
-        raise ArtefactError(f"shards of model {source} do not hold what their index says: fetch the model again")
-    return found
-
-
-def _set_config_dtype(config_path: Path, dtype: torch.dtype) -> None:
-    config = read_json(config_path, what="model config")
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    config.pop("torch_dtype", None)
-    config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+@dataclass(frozen=True)
+class _TensorChange:
+    rows: tuple[int, ...]
+    load: Callable[[], torch.Tensor]
+    is_transposed: bool

@@ -1,11 +1,11 @@
-"""LokiConfig: which rows of which linear layers are trained."""
+"""LokiConfig: which rows of which linear layers are trained, and how."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from peft.config import PeftConfig
 
@@ -22,39 +22,77 @@ class LokiConfig(PeftConfig):
     is frozen. `positions` may be given as
 
     - the path of a positions file (JSON, one list of rows for each layer),
-    - a list of L lists, one for each layer, or a `RowSelection`: rows of the layers' down-projections,
+    - a list of L lists, one for each layer, or a `RowSelection`: rows of the layers' down-projections, or with
+      `target_modules="o_proj"` of their attention blocks' output projections,
     - a mapping from module name to rows, as in `{"lin0": [0, 3, 7]}`: rows of any linear layers.
 
     It is kept as lists, so that an adapter never depends on a file elsewhere.
 
     Raises:
         ArtefactError: positions that are not lists of distinct row indices.
-        InputError: positions of another type.
+        InputError: positions of another type, or other values that are not possible.
     """
 
     positions: Any = field(
         default=None,
         metadata={"help": "Rows to train: path, list of lists, RowSelection or {module name: rows}."},
     )
-    target_modules: set[str] | list[str] | None = field(
+    r: int = field(
+        default=0,
+        metadata={"help": "0 trains the rows themselves; above 0 their change is A·B of this rank (LoKI*)."},
+    )
+    lora_alpha: float | None = field(
         default=None,
-        metadata={"help": "Set from `positions`; leave it out."},
+        metadata={"help": "With r above 0 the change is (lora_alpha / r)·A·B; 2·r when left out."},
+    )
+    target_modules: set[str] | list[str] | str | None = field(
+        default=None,
+        metadata={"help": "For positions by layer: 'down_proj' (when left out) or 'o_proj'. Otherwise leave it out."},
     )
     modules_to_save: list[str] | None = field(
         default=None,
         metadata={"help": "Further modules to train and save whole, such as a new classifier head."},
     )
+    bias: Literal["none", "rows"] = field(
+        default="none",
+        metadata={"help": "'rows' trains the rows' biases too, in those layers that have a bias."},
+    )
     init_weights: bool = field(
         default=True,
         metadata={"help": "Start from a zero change, the unmodified model. False: a random change, for tests."},
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None,
+        metadata={"help": "Embeddings of these tokens to train too, as in PEFT's LoraConfig."},
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = LOKI
         self.positions = _plain(self.positions)
-        if isinstance(self.target_modules, list):
+        if isinstance(self.target_modules, str):
+            self.target_modules = {self.target_modules}
+        elif isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 0:
+            raise InputError(f"r {self.r!r} is not possible: give 0 to train the rows themselves, or a rank (1, 2, …)")
+        if self.r == 0 and self.lora_alpha is not None:
+            raise InputError(f"lora_alpha {self.lora_alpha!r} needs a rank: give r too, or leave lora_alpha out")
+        if self.r > 0 and self.lora_alpha is None:
+            self.lora_alpha = 2 * self.r
+        if self.lora_alpha is not None and not (_is_number(self.lora_alpha) and self.lora_alpha > 0):
+            raise InputError(f"lora_alpha {self.lora_alpha!r} is not possible: give a positive number")
+        if self.bias not in ("none", "rows"):
+            raise InputError(f"bias {self.bias!r} is not possible: give 'none' or 'rows'")
+
+    @property
+    def scaling(self) -> float:
+        """What A·B is multiplied by; 1 for rows that are trained themselves."""
+        return 1.0 if self.lora_alpha is None else self.lora_alpha / self.r
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _plain(positions: Any) -> list[list[int]] | dict[str, list[int]] | None:

@@ -1,0 +1,149 @@
+"""`loki train`: settings files, options, budgets, and several processes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+TIMEOUT = 300
+"""Seconds; a launch takes about 15 on a quiet machine, and a hang would take days."""
+
+
+@pytest.fixture
+def settings(model_dir, tmp_path):
+    """The least that a settings file needs, with data of its own: eight examples of one to eight answers."""
+    (tmp_path / "p.json").write_text(json.dumps([[7, 1], [0, 19], [5, 3]]))
+    rows = [{"instruction": f"count to {n}", "output": " ".join(map(str, range(1, n + 1)))} for n in range(1, 9)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "model": str(model_dir),
+        "positions": str(tmp_path / "p.json"),
+        "output_dir": str(tmp_path / "adapter"),
+        "data": str(tmp_path / "own.jsonl"),
+        "learning_rate": 0.02,
+        "steps": 4,
+        "batch_size": 2,
+        "log_every": 1,
+    }
+
+
+def write(tmp_path, values, **changes):
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump({**values, **changes}))
+    return path
+
+
+def record_of(folder):
+    return json.loads((folder / "loki_training.json").read_text())
+
+
+def test_a_settings_file_trains_and_options_come_before_it(loki, settings, tmp_path):
+    config = write(tmp_path, settings)
+    done = loki("train", config)
+    assert (done.code, done.out) == (0, "")
+    assert f"wrote {tmp_path / 'adapter'}: 144 weights trained, mean loss" in done.err
+    assert "learning rate 0.02\n" in done.err
+    done = loki("train", config, "--output_dir", tmp_path / "other", "--steps", 2, "--packing", "--max-length", 60)
+    assert done.code == 0
+    record = record_of(tmp_path / "other")
+    assert [row["step"] for row in record["log"]] == [1, 2]
+    assert record["settings"]["packing"] is True
+
+
+def test_the_same_numbers_come_from_a_file_and_from_options(loki, settings, tmp_path):
+    assert loki("train", write(tmp_path, settings, log_every=5)).code == 0
+    options = [
+        part
+        for name, value in settings.items()
+        if name not in ("log_every", "output_dir")
+        for part in (f"--{name.replace('_', '-')}", value)
+    ]
+    assert loki("train", *options, "--output-dir", tmp_path / "flags").code == 0
+    for name, value in load_file(tmp_path / "adapter/adapter_model.safetensors").items():
+        assert torch.equal(value, load_file(tmp_path / "flags/adapter_model.safetensors")[name])
+
+
+def test_a_scaled_learning_rate_is_told(loki, settings, tmp_path):
+    (tmp_path / "p.json").write_text(json.dumps([[1], [2], [3]]))
+    done = loki("train", write(tmp_path, settings, steps=1))
+    assert "learning rate 0.0356 (0.02 scaled to a quota of 5 %)" in done.err
+    done = loki("train", write(tmp_path, settings, steps=1), "--no-scale-learning-rate", "--output-dir", tmp_path / "b")
+    assert "learning rate 0.02\n" in done.err
+
+
+def test_a_budget_is_told_step_by_step_and_kept_in_the_record(loki, settings, tmp_path):
+    (tmp_path / "t.txt").write_text("Water boils at 100 degrees.")
+    section = {"text": str(tmp_path / "t.txt"), "max_kl": 1e-9, "every": 2, "probe_accuracy": False}
+    done = loki("train", write(tmp_path, settings, budget=section))
+    assert done.code == 0
+    assert "note: step 0: per-token loss +0.0000, KL 0.0000 nats\n" in done.err
+    assert "note: step 2: the forgetting budget is spent, training stops\n" in done.err
+    assert [row["step"] for row in record_of(tmp_path / "adapter")["budget"]["history"]] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": None}, "model: input should be a valid string, got none"),
+        ({"budget": {"text": "no.txt"}}, "budget: text 'no.txt' cannot be read"),
+        ({"budget": {"max_kl": -1}}, "budget: max kl -1"),
+        ({"data": "no.jsonl"}, "training data 'no.jsonl' cannot be read"),
+        ({"max_length": 3}, "no example has an answer within 3 tokens"),
+        ({"lora_alpha": 2}, "lora alpha 2.0 needs a rank"),
+    ],
+)
+def test_what_is_wrong_is_one_line(loki, settings, tmp_path, changes, message):
+    done = loki("train", write(tmp_path, settings, **changes))
+    assert (done.code, done.out) == (2, "")
+    assert message in done.err.lower()
+    assert done.err.count("\n") == 1
+    assert not list(tmp_path.glob("adapter*"))
+
+
+def test_a_missing_option_is_named(loki):
+    done = loki("train", "--model", "m")
+    assert done.code == 2
+    assert "positions is missing: give --positions, or `positions: …` in a settings file" in done.err
+
+
+def launch(arguments, tmp_path):
+    """Run processes, and fail rather than hang."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        env=environment,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_two_processes_equal_one_with_the_doubled_batch(loki, settings, tmp_path):
+    """With examples of different lengths: losses are averaged over the tokens of both processes."""
+    budget = {"text": settings["data"].replace("own.jsonl", "t.txt"), "every": 2, "probe_accuracy": False}
+    (tmp_path / "t.txt").write_text("Water boils at 100 degrees.")
+    config = write(tmp_path, settings, budget=budget, save_every=2)
+    assert loki("train", config, "--batch-size", 4, "--output-dir", tmp_path / "one").code == 0
+    # Without GPUs it starts several processes only if it is told that there are some.
+    accelerate = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    done = launch([*accelerate, "-m", "loki", "train", str(config)], tmp_path)
+    assert done.stderr.count("wrote ") == 1
+    assert done.stderr.count("note: step 2: per-token loss") == 1
+    one, two = (record_of(tmp_path / name) for name in ("one", "adapter"))
+    assert (one["num_processes"], two["num_processes"]) == (1, 2)
+    # The same sums in another order, in float32; AdamW divides by small gradients and makes more of it.
+    assert [row["loss"] for row in two["log"]] == pytest.approx([row["loss"] for row in one["log"]], rel=1e-4)
+    assert two["budget"]["history"][-1]["kl"] == pytest.approx(one["budget"]["history"][-1]["kl"], rel=1e-3)
+    expected = load_file(tmp_path / "one/adapter_model.safetensors")
+    found = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    for name, value in expected.items():
+        assert (found[name] - value).norm() < 1e-3 * value.norm(), name
+    assert not list(tmp_path.glob("*.unfinished"))
