@@ -1,15 +1,22 @@
 """Training the selected rows with TRL's SFTTrainer, interrupted and not."""
 
 import json
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from families import FAMILY_MODELS
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny import make_model
 
 from loki.errors import ArtefactError, InputError, OutputError
 from loki.rows import RowSelection
+from loki.training import sft
+from loki.training.budget import ForgettingBudget
+from loki.training.encoding import IGNORED, encode_examples
+from loki.training.packing import require_kept_apart
 from loki.training.settings import TrainSettings
 from loki.training.sft import RECORD, load_record, train
 from loki.training.trainer import CompletionTrainer
@@ -161,9 +168,130 @@ def test_existing_output_is_refused(tmp_path, tokenizer, selection):
         train(make_model(), tokenizer, selection, EXAMPLES, SETTINGS, tmp_path / "adapter")
 
 
+@pytest.mark.parametrize(("scale", "factor"), [(True, 2**0.83), (False, 1.0)])
+def test_the_learning_rate_follows_the_quota(tmp_path, tokenizer, scale, factor):
+    """One row of 20 in every layer is a quota of 5 %; a cosine schedule of two steps starts at its peak."""
+    settings = TrainSettings(learning_rate=1e-3, steps=2, log_every=1, scale_learning_rate=scale)
+    selection = RowSelection.from_lists([[1], [2], [3]])
+    record = train(make_model(), tokenizer, selection, EXAMPLES, settings, tmp_path / "adapter")
+    assert record["quota_percent"] == "5"
+    assert record["learning_rate"] == pytest.approx(1e-3 * factor)
+    assert record["log"][0]["learning_rate"] == pytest.approx(1e-3 * factor)
+    assert record["log"][1]["learning_rate"] == pytest.approx(1e-3 * factor / 2)
+
+
+def test_a_change_of_low_rank_is_trained(tmp_path, tokenizer, selection):
+    settings = TrainSettings(learning_rate=1e-2, steps=2, rank=2, lora_alpha=6)
+    record = train(make_model(), tokenizer, selection, EXAMPLES, settings, tmp_path / "adapter")
+    assert record["num_trainable"] == 6 * 2 + 3 * 2 * 24  # A has the rows of all layers, B is one for each layer
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (2, 6)
+
+
+def packed_loss(model, sequences):
+    """Mean over the labelled tokens of examples that are run one by one, and how many there are."""
+    losses = []
+    for ids, labels in sequences:
+        log_probabilities = model(torch.tensor(ids)[None].long()).logits[0, :-1].log_softmax(-1)
+        chosen = -log_probabilities.gather(1, torch.tensor(ids)[1:, None].long())[:, 0]
+        losses.append(chosen[torch.tensor(labels)[1:] != IGNORED])
+    return float(torch.cat(losses).mean())
+
+
+@torch.no_grad()
+def test_packed_examples_give_the_loss_of_each_alone(tmp_path, tokenizer, selection):
+    encoded = encode_examples(tokenizer, EXAMPLES)
+    expected = packed_loss(make_model(), zip(encoded.input_ids, encoded.labels, strict=True))
+    # All seven examples, of 15 to 19 tokens, in three packs of one batch.
+    settings = TrainSettings(learning_rate=1e-9, steps=1, batch_size=3, log_every=1, packing=True, max_length=50)
+    with torch.enable_grad():
+        record = train(make_model(), tokenizer, selection, EXAMPLES, settings, tmp_path / "adapter")
+    assert sum(map(len, encoded.input_ids)) > 100
+    # The trainer logs rounded to 4 significant digits.
+    assert record["log"][0]["loss"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_packing_trains_as_the_same_examples_do_in_one_batch(tmp_path, tokenizer, selection):
+    """A step over all examples is the same step, packed or not; what differs is the order of sums in float32."""
+    changes = {"learning_rate": 1e-2, "steps": 3, "log_every": 1}
+    packed = TrainSettings(batch_size=3, packing=True, max_length=50, **changes)
+    train(make_model(), tokenizer, selection, EXAMPLES, packed, tmp_path / "packed")
+    train(make_model(), tokenizer, selection, EXAMPLES, TrainSettings(batch_size=7, **changes), tmp_path / "plain")
+    for name, delta in deltas(tmp_path / "plain").items():
+        assert (delta - deltas(tmp_path / "packed")[name]).norm() < 1e-3 * delta.norm(), name
+
+
+def test_an_interrupted_training_on_packs_ends_equal(tmp_path, tokenizer, selection):
+    settings = replace(SETTINGS, batch_size=1, packing=True, max_length=40)
+    train(make_model(), tokenizer, selection, EXAMPLES, settings, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(make_model(), tokenizer, selection, EXAMPLES, settings, tmp_path / "parts", track=interrupt)
+    train(make_model(), tokenizer, selection, EXAMPLES, settings, tmp_path / "parts")
+    for name, delta in deltas(tmp_path / "whole").items():
+        assert torch.equal(delta, deltas(tmp_path / "parts")[name]), name
+
+
+@pytest.mark.parametrize(("name", "attention"), [("llama", "sdpa"), ("llama", "eager"), ("gemma2", "eager")])
+def test_models_that_keep_packed_examples_apart(name, attention):
+    require_kept_apart(FAMILY_MODELS[name].build(attention=attention))
+
+
+@pytest.mark.parametrize("name", ["falcon", "falcon-alibi"])
+def test_a_model_that_lets_packed_examples_see_each_other_is_refused(name):
+    with pytest.raises(InputError, match=r"packing is not possible with this 'falcon' model: .* leave packing out"):
+        require_kept_apart(FAMILY_MODELS[name].build(attention="sdpa"))
+
+
+def test_packing_asks_the_model_before_it_starts(tmp_path, tokenizer, selection, monkeypatch):
+    def refuse(_model):
+        raise InputError("no")
+
+    monkeypatch.setattr(sft, "require_kept_apart", refuse)
+    settings = replace(SETTINGS, packing=True)
+    with pytest.raises(InputError, match="no"):
+        train(make_model(), tokenizer, selection, EXAMPLES, settings, tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensorboard_has_losses_and_forgetting(tmp_path, tokenizer, selection):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = replace(SETTINGS, report_to="tensorboard")
+    budget = ForgettingBudget(["some text to watch"], every=2, probe_accuracy=False)
+    record = train(make_model(), tokenizer, selection, EXAMPLES, settings, tmp_path / "adapter", budget=budget)
+    events = EventAccumulator(str(tmp_path / "adapter/tensorboard")).Reload()
+    found = {
+        name: [(event.step, event.value) for event in events.Scalars(name)]
+        for name in ("train/loss", "train/forgetting/loss_rise", "train/forgetting/kl")
+    }
+    assert found["train/loss"] == [(row["step"], pytest.approx(row["loss"])) for row in record["log"]]
+    for name in ("loss_rise", "kl"):
+        expected = [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in record["budget"]["history"]]
+        assert found[f"train/forgetting/{name}"] == expected
+    assert [step for step, _ in found["train/forgetting/kl"]] == [0, 2, 4, 6]
+
+
+def test_tensorboard_that_is_missing_is_told_before_anything_starts(tmp_path, tokenizer, selection, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    settings = replace(SETTINGS, report_to="tensorboard")
+    with pytest.raises(InputError, match="tensorboard is not installed: pip install tensorboard, or leave report_to"):
+        train(make_model(), tokenizer, selection, EXAMPLES, settings, tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"learning_rate": 0}, "learning rate 0 is not possible"), ({"steps": 0}, "steps 0 is not possible")],
+    [
+        ({"rank": -1}, "rank -1 is not possible: give 0 or more"),
+        ({"warmup_steps": -1}, "warmup steps -1 is not possible"),
+        ({"max_length": 1}, "max length 1 is not possible: give 2 tokens or more"),
+        ({"packing": True, "max_length": None}, "packing needs a max length"),
+        ({"lora_alpha": 4}, "lora alpha 4 needs a rank"),
+        ({"learning_rate": float("nan")}, "learning rate nan is not possible"),
+        ({"learning_rate": 0}, "learning rate 0 is not possible"),
+        ({"steps": 0}, "steps 0 is not possible"),
+    ],
 )
 def test_impossible_settings_are_refused(changes, message):
     with pytest.raises(InputError, match=message):

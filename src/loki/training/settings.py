@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from loki.errors import InputError
+
+AnswersName = Literal["auto", "all", "last"]
+ReporterName = Literal["none", "tensorboard"]
 
 
 @dataclass(frozen=True)
@@ -12,25 +16,47 @@ class TrainSettings:
     """How the rows are trained: AdamW, cosine schedule."""
 
     learning_rate: float
+    """Peak learning rate at a quota of 10 %; see `scale_learning_rate`."""
     steps: int
     """Optimiser steps."""
     batch_size: int = 4
-    """Examples per device and step, before accumulation."""
+    """Examples, or with `packing` packs of them, per process and step, before accumulation."""
     accumulate: int = 1
     """Batches per optimiser step."""
     warmup_steps: int = 0
     weight_decay: float = 0.0
     max_length: int | None = 2048
-    """Longer examples are cut, in tokens."""
+    """Longer examples are cut, in tokens; with `packing` also the length of a pack."""
     save_every: int = 50
     """Steps between checkpoints; an interrupted run goes on from the last one."""
     log_every: int = 5
     gradient_checkpointing: bool = False
     seed: int = 0
+    scale_learning_rate: bool = True
+    """Whether the peak is `learning_rate · (10 / quota)^0.83`, the paper's rule, or `learning_rate` itself."""
+    rank: int = 0
+    """0 trains the rows themselves, above 0 a change A·B of this rank (LoKI*)."""
+    lora_alpha: float | None = None
+    """With a rank, the change is (lora_alpha / rank)·A·B; 2·rank when None."""
+    packing: bool = False
+    """Whether several examples share one sequence, each attending to itself only."""
+    answers: AnswersName = "auto"
+    """Which of the assistant's turns in `messages` are learned: all, the last one, or all if the template can."""
+    report_to: ReporterName = "none"
+    """Where the figures go besides the record."""
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0:
+        if not self.learning_rate > 0:
             raise InputError(f"learning rate {self.learning_rate} is not possible: give one above 0")
         for name in ("steps", "batch_size", "accumulate", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name.replace('_', ' ')} {getattr(self, name)} is not possible: give 1 or more")
+        for name in ("warmup_steps", "weight_decay", "rank"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name.replace('_', ' ')} {getattr(self, name)} is not possible: give 0 or more")
+        if self.max_length is not None and self.max_length < 2:
+            raise InputError(f"max length {self.max_length} is not possible: give 2 tokens or more")
+        if self.packing and self.max_length is None:
+            raise InputError("packing needs a max length, that of a pack: give one, in tokens")
+        if self.lora_alpha is not None and self.rank == 0:
+            raise InputError(f"lora alpha {self.lora_alpha} needs a rank: give a rank above 0, or leave it out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from loki.architecture import shape_of
-from loki.errors import ArtefactError, OutputError
+from loki.errors import ArtefactError, InputError, OutputError
 from loki.implanting.tuner import LokiConfig
 from loki.progress import Track, silent
 from loki.provenance import (
@@ -24,15 +25,25 @@ from loki.provenance import (
     write_json,
 )
 from loki.rows import RowSelection
+from loki.selection.quota import format_quota
+from loki.training.encoding import EncodedExamples, encode_examples
+from loki.training.learning_rate import learning_rate_at, selected_quota
+from loki.training.packing import require_kept_apart
 from loki.training.settings import TrainSettings
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from trl import SFTConfig
+
+    from loki.training.budget import ForgettingBudget
+    from loki.training.trainer import CompletionTrainer
 
 TORCH_WRITER = ("PytorchStreamWriter", "inline_container")
 """What torch's file writer says of itself in the RuntimeError by which it tells of a full disk."""
 RECORD = "loki_training.json"
 """In the adapter's folder: what the adapter was trained with, and the training log."""
+UNFINISHED, STATE_FILE, TENSORBOARD_DIR = ".unfinished", "trainer_state.json", "tensorboard"
 
 
 def train(
@@ -43,69 +54,65 @@ def train(
     settings: TrainSettings,
     output: Path,
     *,
+    budget: ForgettingBudget | None = None,
     track: Track = silent,
 ) -> dict[str, Any]:
-    """Train the selected rows of `model` on prompt/completion examples and save the adapter in `output`.
+    """Train the selected rows of `model` on examples (see `loki.training.examples`) and save the adapter in `output`.
 
-    Returns the record that is saved beside it: settings, model fingerprint, trainable weights and the log,
-    one row of `step`, `loss` and `learning_rate` for every `log_every` steps. `model` is wrapped in place.
+    Returns the record that is saved beside it: settings, model fingerprint, trainable weights, the learning rate that
+    the quota leads to, and the log, one row of `step`, `loss` and `learning_rate` for every `log_every` steps; with a
+    `budget` also its settings and history. `model` is wrapped in place. Under `accelerate launch` or `torchrun` every
+    process calls this, and the first one writes.
 
     Raises:
+        InputError: examples that cannot be encoded, a model that cannot keep packed ones apart, or no tensorboard.
         ArtefactError: positions of another model, or an unfinished training of other settings in the way.
         OutputError: `output` cannot be written.
     """
-    from datasets import Dataset
-    from transformers.trainer_callback import PrinterCallback
-    from trl import SFTConfig
-
-    from loki.training.callbacks import ShowProgress
-    from loki.training.trainer import CompletionTrainer
+    from transformers.trainer_callback import TrainerState
 
     shape = shape_of(model)
     selection.require_fit(num_layers=shape.num_layers, num_rows=shape.num_rows)
-    require_new_directory(output)
+    quota = selected_quota(selection, shape.num_rows)
+    peak = learning_rate_at(quota, settings.learning_rate) if settings.scale_learning_rate else settings.learning_rate
+    encoded = encode_examples(tokenizer, examples, answers=settings.answers, max_length=settings.max_length)
+    if settings.packing:
+        require_kept_apart(model)
+    summary_writer = _summary_writer() if settings.report_to == "tensorboard" else None
+    unfinished = output.with_name(output.name + UNFINISHED)
+    args = _arguments(settings, unfinished, peak, on_cpu=model.device.type == "cpu")
     identity = {
         "model": fingerprint_model(model).as_dict(),
         "positions": digest(selection.as_lists()),
         "examples": digest([dict(example) for example in examples]),
         "settings": asdict(settings),
+        **({} if budget is None else {"budget": budget.as_dict()}),
     }
-    unfinished = _open_unfinished(output, identity)
-    trainer = CompletionTrainer(
-        model=model,
-        args=SFTConfig(
-            output_dir=str(unfinished),
-            max_steps=settings.steps,
-            learning_rate=settings.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=settings.warmup_steps,
-            weight_decay=settings.weight_decay,
-            per_device_train_batch_size=settings.batch_size,
-            gradient_accumulation_steps=settings.accumulate,
-            gradient_checkpointing=settings.gradient_checkpointing,
-            max_length=settings.max_length,
-            logging_steps=settings.log_every,
-            save_steps=settings.save_every,
-            save_total_limit=2,
-            seed=settings.seed,
-            data_seed=settings.seed,
-            # The base stays in the dtype it was loaded in and the change in float32: no autocast on top.
-            bf16=False,
-            fp16=False,
-            use_cpu=model.device.type == "cpu",
-            dataloader_pin_memory=model.device.type != "cpu",
-            report_to="none",
-            disable_tqdm=True,
-        ),
-        train_dataset=Dataset.from_list([dict(example) for example in examples]),
-        processing_class=tokenizer,
-        peft_config=LokiConfig(positions=selection, task_type="CAUSAL_LM"),
-        callbacks=[ShowProgress(track)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    checkpoint = _last_whole_checkpoint(unfinished)
+    with args.main_process_first(local=False):
+        if args.process_index == 0:
+            require_new_directory(output)
+            _open_unfinished(unfinished, identity)
+        checkpoint = _last_whole_checkpoint(unfinished, remove_torn=args.process_index == 0)
+    trainer = _trainer(model, tokenizer, selection, encoded, settings, args, budget, track)
+    if summary_writer is not None and args.process_index == 0:
+        from transformers.integrations import TensorBoardCallback
+
+        trainer.add_callback(TensorBoardCallback(summary_writer(log_dir=str(unfinished / TENSORBOARD_DIR))))
+        if budget is not None:
+            budget.report_through(trainer)
+    stopped = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / STATE_FILE))
     try:
-        outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if stopped is not None and budget is not None and budget.has_stopped(stopped.log_history):
+            # The budget ended this training, and it was killed before the adapter was saved.
+            assert checkpoint is not None
+            _load_adapter(trainer.model, checkpoint)
+            log_history = stopped.log_history
+            budget.history = budget.rows_of(log_history)
+            losses = [row["loss"] for row in log_history if "loss" in row]
+            train_loss = sum(losses) / max(1, len(losses))
+        else:
+            train_loss = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).training_loss
+            log_history = trainer.state.log_history
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in TORCH_WRITER):
             raise
@@ -114,20 +121,107 @@ def train(
         **identity,
         "num_trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "num_examples": len(examples),
-        "train_loss": outcome.training_loss,
-        "log": [
-            {key: row[key] for key in ("step", "loss", "learning_rate")}
-            for row in trainer.state.log_history
-            if "loss" in row
-        ],
+        "num_examples_cut": encoded.num_cut,
+        "num_examples_left_out": encoded.num_left_out,
+        "answers": encoded.answers,
+        "num_processes": args.world_size,
+        "quota_percent": format_quota(quota),
+        "learning_rate": peak,
+        "train_loss": train_loss,
+        "log": [{key: row[key] for key in ("step", "loss", "learning_rate")} for row in log_history if "loss" in row],
     }
-    with new_directory(output) as directory:
-        trainer.model.save_pretrained(directory)
-        # PEFT writes a template full of blanks there.
-        (directory / "README.md").unlink(missing_ok=True)
-        write_json(directory / RECORD, record)
-    shutil.rmtree(unfinished)
+    if budget is not None:
+        record["budget"] = {
+            **budget.as_dict(),
+            "spent": any(budget.spent(row) for row in budget.history),
+            "history": [{name: v if math.isfinite(v) else None for name, v in row.items()} for row in budget.history],
+        }
+    if args.process_index == 0:
+        with new_directory(output) as directory:
+            trainer.model.save_pretrained(directory)
+            # PEFT writes a template full of blanks there.
+            (directory / "README.md").unlink(missing_ok=True)
+            if (unfinished / TENSORBOARD_DIR).is_dir():
+                shutil.copytree(unfinished / TENSORBOARD_DIR, directory / TENSORBOARD_DIR)
+            write_json(directory / RECORD, record)
+        shutil.rmtree(unfinished)
+    trainer.accelerator.wait_for_everyone()
     return record
+
+
+def _arguments(settings: TrainSettings, folder: Path, peak: float, *, on_cpu: bool) -> SFTConfig:
+    from trl import SFTConfig
+
+    return SFTConfig(
+        output_dir=str(folder),
+        max_steps=settings.steps,
+        learning_rate=peak,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulate,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        packing=settings.packing,
+        # Examples are cut before; packs take their length from here.
+        max_length=settings.max_length if settings.packing else None,
+        logging_steps=settings.log_every,
+        save_steps=settings.save_every,
+        save_total_limit=2,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        # The base stays in the dtype it was loaded in and the change in float32: no autocast on top.
+        bf16=False,
+        fp16=False,
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def _trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    selection: RowSelection,
+    encoded: EncodedExamples,
+    settings: TrainSettings,
+    args: SFTConfig,
+    budget: ForgettingBudget | None,
+    track: Track,
+) -> CompletionTrainer:
+    from datasets import Dataset
+    from transformers.trainer_callback import PrinterCallback
+
+    from loki.training.callbacks import ShowProgress
+    from loki.training.trainer import CompletionTrainer
+
+    trainer = CompletionTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_dict({"input_ids": encoded.input_ids, "labels": encoded.labels}),
+        processing_class=tokenizer,
+        peft_config=LokiConfig(
+            positions=selection, r=settings.rank, lora_alpha=settings.lora_alpha, task_type="CAUSAL_LM"
+        ),
+        callbacks=[*([] if budget is None else [budget]), ShowProgress(track if args.process_index == 0 else silent)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError("tensorboard is not installed: pip install tensorboard, or leave report_to out") from error
+    return SummaryWriter
+
+
+def _load_adapter(model: PeftModel, checkpoint: Path) -> None:
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, load_peft_weights(str(checkpoint), device="cpu"))
 
 
 def load_record(adapter: Path) -> dict[str, Any] | None:
@@ -141,7 +235,7 @@ def load_record(adapter: Path) -> dict[str, Any] | None:
     return record
 
 
-def _last_whole_checkpoint(folder: Path) -> Path | None:
+def _last_whole_checkpoint(folder: Path, *, remove_torn: bool = True) -> Path | None:
     """The newest checkpoint that was written to its end; torn ones are removed.
 
     The Trainer writes its state file last, so a checkpoint without it, or with half of it, is torn.
@@ -149,26 +243,25 @@ def _last_whole_checkpoint(folder: Path) -> Path | None:
     newest_first = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
     for checkpoint in newest_first:
         try:
-            json.loads((checkpoint / "trainer_state.json").read_bytes())
+            json.loads((checkpoint / STATE_FILE).read_bytes())
         except (OSError, ValueError):
-            shutil.rmtree(checkpoint)
+            if remove_torn:
+                shutil.rmtree(checkpoint)
         else:
             return checkpoint
     return None
 
 
-def _open_unfinished(output: Path, identity: Mapping[str, Any]) -> Path:
-    """Folder of the checkpoints, next to `output`; it may hold those of an interrupted run."""
-    folder = output.with_name(output.name + ".unfinished")
+def _open_unfinished(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Make the folder of the checkpoints, next to the adapter's; it may hold those of an interrupted run."""
     manifest = folder / "manifest.json"
     if not manifest.exists():
         write_json(manifest, identity)
     else:
         found = read_json(manifest, what="manifest of the unfinished training")
-        changed = sorted(key for key in identity if found.get(key) != identity[key])
+        changed = sorted(key for key in identity.keys() | found.keys() if found.get(key) != identity.get(key))
         if changed:
             raise ArtefactError(
                 f"{folder} holds an unfinished training of other {', '.join(changed)}: "
                 "train with the same ones to finish it, or remove that folder"
             )
-    return folder

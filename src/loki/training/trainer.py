@@ -12,11 +12,14 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 from trl import SFTTrainer
 
-IGNORED = -100
+from loki.training.encoding import IGNORED
 
 
 class CompletionTrainer(SFTTrainer):
-    """As SFTTrainer; on a CPU, logits are computed from the batch's first labelled position on."""
+    """As SFTTrainer; on a CPU, logits are computed from the batch's first labelled position on.
+
+    Of packed examples, which come as one sequence with `position_ids`, at the labelled positions only.
+    """
 
     def compute_loss(
         self,
@@ -30,15 +33,15 @@ class CompletionTrainer(SFTTrainer):
         labelled = (labels_NT != IGNORED).any(dim=0).nonzero()
         if return_outputs or labels_NT.device.type != "cpu" or len(labelled) == 0:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # The token at the first labelled position is predicted one position before it.
-        first = int(labelled[0])
-        logits_NTV = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            logits_to_keep=labels_NT.shape[1] - first + 1,
-            use_cache=False,
-        ).logits[:, :-1]
-        targets_NT = labels_NT[:, first:]
+        # The token at a labelled position is predicted one position before it.
+        if "position_ids" in inputs:
+            columns = labelled.flatten()
+            logits_NTV = self._logits(model, inputs, "position_ids", columns - 1)
+            targets_NT = labels_NT[:, columns]
+        else:
+            first = int(labelled[0])
+            logits_NTV = self._logits(model, inputs, "attention_mask", labels_NT.shape[1] - first + 1)[:, :-1]
+            targets_NT = labels_NT[:, first:]
         loss = F.cross_entropy(
             logits_NTV.float().flatten(0, 1), targets_NT.flatten(), ignore_index=IGNORED, reduction="sum"
         )
@@ -48,3 +51,12 @@ class CompletionTrainer(SFTTrainer):
             # Items are counted over all processes, and gradients averaged over them.
             loss = loss * self.accelerator.num_processes
         return loss / num_items_in_batch
+
+    def _logits(
+        self, model: torch.nn.Module, inputs: dict[str, Any], name: str, to_keep: int | torch.Tensor
+    ) -> torch.Tensor:
+        """Logits of the last `to_keep` positions, or at given ones, of inputs with an `attention_mask` or positions."""
+        logits: torch.Tensor = model(
+            input_ids=inputs["input_ids"], **{name: inputs[name]}, logits_to_keep=to_keep, use_cache=False
+        ).logits
+        return logits

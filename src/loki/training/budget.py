@@ -1,0 +1,384 @@
+"""A forgetting budget: training stops, or slows down, when the model has moved too far from its base.
+
+Forgetting is watched on a text of the user's: the rise of its per-token loss, the measure of PEFT's own comparison of
+methods, and the KL divergence of its predictions from the base's, which also sees what the loss averages away.
+
+Shape suffixes: T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from loki.errors import InputError
+from loki.evaluation.knowledge import score_questions
+from loki.evaluation.statistics import share
+from loki.prompts.json_lines import read_rows, text_field, user_path
+from loki.prompts.questions import Question, load_probe
+from loki.prompts.render import open_prompt
+from loki.provenance import digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+logger = logging.getLogger(__name__)
+
+BUILT_IN = "probe"
+ActionName = Literal["stop", "lower"]
+ROWS_AT_ONCE = 128
+"""Positions whose whole distributions are in memory in float32 at one time."""
+FIELDS = ("step", "loss_rise", "kl", "probe_accuracy", "probe_standard_error")
+"""What one row of the history may hold."""
+
+Row = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Movement:
+    """How far a model is from its base on a text."""
+
+    loss_rise: float
+    """Mean negative log-likelihood of the text's tokens, minus the base's: nats per token."""
+    kl: float
+    """Mean over the same tokens of KL(base ‖ model): nats per token."""
+    num_tokens: int
+
+
+class ForgettingBudget(TrainerCallback):
+    """Watches what a model forgets while any Hugging Face `Trainer` trains it, and acts when the budget is spent.
+
+    `text` is `probe` (the evaluation half of the built-in questions with their right answers), a text file in UTF-8,
+    a JSON Lines file whose rows have `text`, or a list of texts. Of these the first `max_tokens` tokens are read, in
+    windows of `window`; special tokens are as the tokenizer sets them.
+
+    Every `every` optimiser steps, before the first and after the last, a row of `step`, `loss_rise`, `kl` and, unless
+    `probe_accuracy` is off, `probe_accuracy` and `probe_standard_error` (percent, over the evaluation half of the
+    built-in questions) is added to `history` and to the trainer's `log_history`; `report_through(trainer)` sends it to
+    the trainer's reporters too, and `report` to a function of one's own. When `loss_rise` is above `max_loss_rise`, or
+    `kl` above `max_kl`, `action` says what to do: `stop` ends the training after this step, `lower` multiplies the
+    learning rate by `factor`, now and at every later measurement that finds the budget spent. None is no limit.
+
+    The base is the model itself with its adapter disabled. A model without an adapter, trained as a whole, is its
+    own base when the trainer is made; its log-probabilities are kept in float16 in main memory, 2·V bytes a token.
+    Normalised again in float32, they put less than about 1e-6 nats and 0.5 % between the KL found and the true one.
+    Measuring draws no random numbers: it does not change what is learned. The history survives an interruption, with
+    the checkpoint's `log_history`.
+
+    Raises:
+        InputError: limits, numbers or texts that are not possible.
+    """
+
+    def __init__(
+        self,
+        text: str | Path | Sequence[str] = BUILT_IN,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        max_loss_rise: float | None = None,
+        max_kl: float | None = None,
+        every: int = 20,
+        action: ActionName = "stop",
+        factor: float = 0.5,
+        probe_accuracy: bool = True,
+        max_tokens: int = 2048,
+        window: int = 512,
+        report: Callable[[Row], None] | None = None,
+    ) -> None:
+        for name, limit in (("max loss rise", max_loss_rise), ("max KL", max_kl)):
+            if limit is not None and not 0 < limit < math.inf:
+                raise InputError(
+                    f"budget: {name} {limit} is not possible: give nats per token above 0, or leave it out"
+                )
+        for name, count, least in (("every", every, 1), ("max tokens", max_tokens, 1), ("window", window, 2)):
+            if count < least:
+                raise InputError(f"budget: {name} {count} is not possible: give {least} or more")
+        if action not in ("stop", "lower"):
+            raise InputError(f"budget: action {action!r} is unknown: give 'stop' or 'lower'")
+        if not 0 < factor < 1:
+            raise InputError(f"budget: factor {factor} is not possible: give one between 0 and 1")
+        self.texts = _read(text)
+        self.questions: list[Question] = load_probe("evaluation") if probe_accuracy else []
+        self.max_loss_rise, self.max_kl = max_loss_rise, max_kl
+        self.every, self.action, self.factor = every, action, factor
+        self.max_tokens, self.window = max_tokens, window
+        self.report = report
+        self.tokenizer = tokenizer
+        self.history: list[Row] = []
+        """One row a measurement; see the class."""
+        self._windows: list[torch.Tensor] = []
+        self._base: list[torch.Tensor] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """What decides the figures and the action, as JSON."""
+        names = ("max_loss_rise", "max_kl", "every", "action", "factor", "max_tokens", "window")
+        return {
+            "texts": digest(self.texts),
+            "num_questions": len(self.questions),
+            **{name: getattr(self, name) for name in names},
+        }
+
+    def report_through(self, trainer: Trainer) -> None:
+        """Send every row to the trainer's reporters (TensorBoard, Weights & Biases, …) as `forgetting/<name>`."""
+
+        def send(row: Row) -> None:
+            logs = {f"forgetting/{name}": value for name, value in row.items() if name != "step"}
+            for callback in trainer.callback_handler.callbacks:
+                if type(callback).__module__.startswith("transformers.integrations"):
+                    callback.on_log(trainer.args, trainer.state, trainer.control, logs=dict(logs), model=trainer.model)
+
+        self.report = send
+
+    def spent(self, row: Mapping[str, float]) -> bool:
+        """Whether a row of the history is above a limit."""
+        limits = (("loss_rise", self.max_loss_rise), ("kl", self.max_kl))
+        # A measure that is not a number is no sign of health.
+        return any(limit is not None and not row[name] <= limit for name, limit in limits)
+
+    def has_stopped(self, history: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether a training with this log history was ended by this budget."""
+        rows = [row for row in self.rows_of(history) if row["step"] > 0]
+        return self.action == "stop" and any(self.spent(row) for row in rows)
+
+    @staticmethod
+    def rows_of(log_history: Sequence[Mapping[str, Any]]) -> list[Row]:
+        """The measurements among the rows that a trainer logged."""
+        rows = [row for row in log_history if "loss_rise" in row]
+        return [{name: row[name] for name in FIELDS if name in row} for row in rows]
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Keep the predictions of a model that is trained as a whole, while it still is its own base."""
+        assert model is not None
+        self._prepare(args, model, processing_class)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Measure the start, or take up the history of an interrupted training."""
+        assert model is not None
+        if not self._windows and state.global_step > 0 and not _has_adapter(model):
+            raise InputError(
+                "the forgetting budget needs the base's predictions, and this training goes on from a checkpoint: "
+                "pass the budget in Trainer(callbacks=[…])"
+            )
+        self._prepare(args, model, processing_class)
+        self.history = self.rows_of(state.log_history)
+        if not self.history:
+            self._record(args, state, model)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Measure where it is time, and act where the budget is spent."""
+        assert model is not None
+        if state.global_step % self.every and state.global_step < state.max_steps:
+            return
+        row = self._record(args, state, model)
+        if not self.spent(row):
+            return
+        if self.action == "stop":
+            control.should_training_stop = True
+        elif state.global_step < state.max_steps:
+            lower_learning_rate(optimizer, lr_scheduler, self.factor)
+        if state.is_world_process_zero:
+            done = "training stops" if self.action == "stop" else f"the learning rate is multiplied by {self.factor}"
+            logger.info(f"step {state.global_step}: the forgetting budget is spent, {done}")
+
+    def _measure(self, model: PreTrainedModel) -> Row:
+        moved = self._movement(model)
+        row: Row = {"loss_rise": moved.loss_rise, "kl": moved.kl}
+        if self.questions:
+            assert self.tokenizer is not None
+            scores, _ = score_questions(model, self.tokenizer, self.questions)
+            accuracy = share([score.right for score in scores])
+            assert accuracy.standard_error is not None
+            row |= {"probe_accuracy": accuracy.value, "probe_standard_error": accuracy.standard_error}
+        return row
+
+    def _prepare(self, args: TrainingArguments, model: PreTrainedModel, processing_class: Any) -> None:
+        if self._windows:
+            return
+        self.tokenizer = self.tokenizer or processing_class
+        if self.tokenizer is None:
+            raise InputError("the forgetting budget needs a tokenizer: pass it as tokenizer=…, or to the Trainer")
+        self._windows = _windows(self.tokenizer, self.texts, self.max_tokens, self.window)
+        if not _has_adapter(model):
+            with _measuring(model, args):
+                self._base = [_log_probabilities(model, ids_T).half().cpu() for ids_T in self._windows]
+
+    def _record(self, args: TrainingArguments, state: TrainerState, model: PreTrainedModel) -> Row:
+        with _measuring(model, args):
+            row = {"step": state.global_step, **self._measure(model)}
+        self.history.append(row)
+        state.log_history.append(dict(row))
+        if self.report is not None:
+            self.report(dict(row))
+        if state.is_world_process_zero:
+            accuracy = (
+                f", probe accuracy {row['probe_accuracy']:.1f} ± {row['probe_standard_error']:.1f} %"
+                if "probe_accuracy" in row
+                else ""
+            )
+            logger.info(
+                f"step {state.global_step}: per-token loss {row['loss_rise']:+.4f}, KL {row['kl']:.4f} nats{accuracy}"
+            )
+        return row
+
+    def _movement(self, model: PreTrainedModel) -> Movement:
+        loss_rise = divergence = 0.0
+        num_tokens = 0
+        for index, ids_T in enumerate(self._windows):
+            now_TV = _log_probabilities(model, ids_T)
+            if self._base is not None:
+                base_TV = self._base[index].to(now_TV.device)
+            else:
+                with _adapter_disabled(model):
+                    base_TV = _log_probabilities(model, ids_T)
+            targets_T = ids_T[1:].to(now_TV.device)
+            for start in range(0, len(targets_T), ROWS_AT_ONCE):
+                rows = slice(start, start + ROWS_AT_ONCE)
+                # Float16 that was kept no longer sums to 1; what comes from a model does, to its last digit.
+                base = base_TV[rows].float()
+                base = base if self._base is None else base.log_softmax(-1)
+                now = now_TV[rows]
+                chosen = targets_T[rows, None]
+                loss_rise += float((base - now).gather(-1, chosen).sum(dtype=torch.float64))
+                divergence += float((base.exp() * (base - now)).sum(dtype=torch.float64))
+            num_tokens += len(targets_T)
+        return Movement(loss_rise / num_tokens, divergence / num_tokens, num_tokens)
+
+
+def lower_learning_rate(optimizer: Any, lr_scheduler: Any, factor: float) -> None:
+    """Multiply the learning rate of this step and of all later ones.
+
+    A scheduler of torch takes it from its `base_lrs`, or from the optimiser's groups; both are in checkpoints.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"] * factor
+        if "initial_lr" in group:
+            group["initial_lr"] = group["initial_lr"] * factor
+    scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)  # accelerate wraps it
+    if hasattr(scheduler, "base_lrs"):
+        scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
+        # What the trainer logs of the next step; there is no public way to set it.
+        scheduler._last_lr = [rate * factor for rate in scheduler.get_last_lr()]
+
+
+def _read(text: str | Path | Sequence[str]) -> list[str]:
+    """Texts that the user names.
+
+    Raises:
+        InputError: a file that cannot be read, rows without `text`, or nothing to read.
+    """
+    if text == BUILT_IN:
+        return [f"{open_prompt(question)} {question.choices[question.answer]}" for question in load_probe("evaluation")]
+    if not isinstance(text, str | Path):
+        texts = list(text)
+    elif (path := user_path(text)).name.removesuffix(".gz").endswith((".jsonl", ".json")):
+        texts = [text_field(row, "text", where) for where, _, row in read_rows(path)]
+    else:
+        try:
+            texts = [path.read_text(encoding="utf-8")]
+        except (OSError, ValueError) as error:
+            reason = (error.strerror or error) if isinstance(error, OSError) else "it is not UTF-8"
+            raise InputError(
+                f"budget: text {str(text)!r} cannot be read ({reason}): "
+                f"name a text file, JSON Lines with 'text', or {BUILT_IN!r}"
+            ) from error
+    if not any(part.strip() for part in texts):
+        raise InputError("budget: the text is empty: give some text to watch")
+    return texts
+
+
+def _windows(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int, window: int
+) -> list[torch.Tensor]:
+    """Token ids (T,) of at most `window` tokens; the first of each is not predicted, the others count.
+
+    Raises:
+        InputError: no text has two tokens.
+    """
+
+    def parts() -> Iterator[list[int]]:
+        for text in texts:
+            ids = tokenizer(text).input_ids
+            yield from (ids[start : start + window] for start in range(0, len(ids), window))
+
+    found, left = [], max_tokens
+    for ids in parts():
+        if left > 0 and len(ids) > 1:
+            found.append(torch.tensor(list(islice(ids, left + 1)), dtype=torch.int64))
+            left -= len(found[-1]) - 1
+    if not found:
+        raise InputError("budget: the text has no two tokens in a row: give a longer one")
+    return found
+
+
+def _has_adapter(model: Any) -> bool:
+    return hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)
+
+
+def _device(model: torch.nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+@contextlib.contextmanager
+def _adapter_disabled(model: Any) -> Iterator[None]:
+    """The base, for PEFT's wrapper and for an adapter that `transformers` holds itself."""
+    if hasattr(model, "disable_adapter"):
+        with model.disable_adapter():
+            yield
+        return
+    model.disable_adapters()
+    try:
+        yield
+    finally:
+        model.enable_adapters()
+
+
+@contextlib.contextmanager
+def _measuring(model: PreTrainedModel, args: TrainingArguments) -> Iterator[None]:
+    """Evaluation mode, in the precision of training; afterwards all is as before."""
+    was_training = model.training
+    dtype, device = torch.float16 if args.fp16 else torch.bfloat16, _device(model).type
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(device, dtype=dtype, enabled=bool(args.bf16 or args.fp16)):
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _log_probabilities(model: PreTrainedModel, ids_T: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities (T−1, V) in float32 of the tokens after the first."""
+    logits_TV: torch.Tensor = model(input_ids=ids_T[None].to(_device(model)), use_cache=False).logits[0, :-1]
+    return logits_TV.float().log_softmax(-1)

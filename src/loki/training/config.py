@@ -1,0 +1,124 @@
+"""The settings of `loki train`: a YAML file, options, or both, checked before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from loki.choices import DtypeName
+from loki.errors import InputError
+from loki.training.settings import AnswersName, ReporterName, TrainSettings
+
+if TYPE_CHECKING:
+    from loki.training.budget import ForgettingBudget
+
+
+class BudgetSection(BaseModel):
+    """A forgetting budget, as `loki.training.budget.ForgettingBudget` describes it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text: str = "probe"
+    max_loss_rise: float | None = None
+    max_kl: float | None = None
+    every: int = 20
+    action: Literal["stop", "lower"] = "stop"
+    factor: float = 0.5
+    probe_accuracy: bool = True
+    max_tokens: int = 2048
+
+    def budget(self) -> ForgettingBudget:
+        """The callback.
+
+        Raises:
+            InputError: a limit that is not possible, or a text that cannot be read.
+        """
+        from loki.training.budget import ForgettingBudget
+
+        return ForgettingBudget(**self.model_dump())
+
+
+class TrainConfig(BaseModel):
+    """What `loki train` is told; the numbers are those of `TrainSettings`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    positions: Path
+    output_dir: Path
+    learning_rate: float
+    steps: int
+    data: str = "function-calls"
+    examples: int | None = Field(default=None, ge=1)
+    answers: AnswersName = "auto"
+    batch_size: int = 4
+    accumulate: int = 1
+    scale_learning_rate: bool = True
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    rank: int = 0
+    lora_alpha: float | None = None
+    max_length: int | None = 2048
+    packing: bool = False
+    save_every: int = 50
+    log_every: int = 5
+    gradient_checkpointing: bool = False
+    report_to: ReporterName = "none"
+    budget: BudgetSection | None = None
+    seed: int = 0
+    dtype: DtypeName = "auto"
+    device: str | None = None
+    trust_remote_code: bool = False
+    strict: bool = False
+
+    def settings(self) -> TrainSettings:
+        """In the library's own form.
+
+        Raises:
+            InputError: a number that is not possible.
+        """
+        names = TrainSettings.__dataclass_fields__
+        return TrainSettings(**self.model_dump(include=set(names)))
+
+
+def load_train_config(path: Path | None, options: Mapping[str, Any]) -> TrainConfig:
+    """Settings of a YAML file, if there is one; `options` that are not None come before it.
+
+    Raises:
+        InputError: no such file, not YAML, or a setting that is missing, unknown or not possible.
+    """
+    values = {} if path is None else read_settings(path)
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        config = TrainConfig.model_validate({**values, **given})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "missing":
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(f"{name} is missing: give {option}, or `{name}: …` in a settings file") from error
+        where = "options" if name in given or path is None else f"settings file {path}"
+        raise InputError(f"{where}: {name}: {first['msg'].lower()}, got {first['input']!r}") from error
+    config.settings()
+    return config
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Settings by name, as a YAML file has them.
+
+    Raises:
+        InputError: no such file, not YAML, or something else than settings by name.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"settings file {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"settings file {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"settings file {path} must hold settings by name, such as `model: …`")
+    return values
