@@ -552,7 +552,7 @@ def test_the_guide_knows_which_commands_are_there(name):
     assert says_not_yet(row_of(f"loki {name}")) == (name not in commands())
 
 
-@pytest.mark.parametrize("name", ["create_loki_model", "restore_loki_model", "set_zero_weights", "LoKILinear"])
+@pytest.mark.parametrize("name", ["create_loki_model", "restore_loki_model", "LoKILinear"])
 def test_the_guide_knows_which_names_are_there(name):
     rows = [row for row in table_rows() if f"`{name}`" in row[0] and "Makefile" not in row[0]]
     assert rows

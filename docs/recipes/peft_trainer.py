@@ -19,8 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from loki import LokiConfig
-from loki.training.budget import ForgettingBudget
+from loki import ForgettingBudget, LokiConfig
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, row: dict[str, str]) -> dict[str, list[int]]:

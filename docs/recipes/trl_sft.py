@@ -10,8 +10,7 @@ import argparse
 from datasets import load_dataset
 from trl import SFTConfig, SFTTrainer
 
-from loki import LokiConfig
-from loki.training.budget import ForgettingBudget
+from loki import ForgettingBudget, LokiConfig
 
 
 def main() -> None:

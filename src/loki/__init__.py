@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from loki.implanting.restore import restore_loki_model
     from loki.implanting.tuner import LokiConfig
     from loki.rows import RowSelection
+    from loki.training.budget import ForgettingBudget
 
 __version__ = "0.1.0"
 __all__ = [
     "AttributionResult",
+    "ForgettingBudget",
     "LoKILinear",
     "LokiConfig",
     "LokiError",
@@ -34,6 +36,7 @@ __all__ = [
 
 _HOMES = {
     "AttributionResult": "loki.analysis.attribution",
+    "ForgettingBudget": "loki.training.budget",
     "LoKILinear": "loki.implanting.modeling.modeling_loki",
     "LokiConfig": "loki.implanting.tuner",
     "LokiError": "loki.errors",

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loki.analysis.settings import KVASettings
 from loki.choices import DtypeName, EngineName, Objective, Rule, SiteName, StrategyName
 from loki.errors import InputError
 from loki.selection.quota import parse_quota
-from loki.training.settings import TrainSettings
+from loki.training.config import BudgetSection, read_settings
+from loki.training.settings import AnswersName, ReporterName, TrainSettings
 
 
 class _Section(BaseModel):
@@ -62,6 +62,13 @@ class TrainSection(_Section):
     save_every: int = 20
     log_every: int = 5
     gradient_checkpointing: bool = False
+    scale_learning_rate: bool = True
+    rank: int = 0
+    lora_alpha: float | None = None
+    packing: bool = False
+    answers: AnswersName = "auto"
+    report_to: ReporterName = "none"
+    budget: BudgetSection | None = None
 
     def settings(self, seed: int) -> TrainSettings:
         """In the library's own form.
@@ -69,7 +76,7 @@ class TrainSection(_Section):
         Raises:
             InputError: a number that is not possible.
         """
-        return TrainSettings(seed=seed, **self.model_dump(exclude={"data", "examples"}))
+        return TrainSettings(seed=seed, **self.model_dump(exclude={"data", "examples", "budget"}))
 
 
 class MergeSection(_Section):
@@ -117,14 +124,7 @@ def load_settings(path: Path, *, output_dir: Path | None = None) -> RunSettings:
     Raises:
         InputError: no such file, not YAML, or a setting that is unknown or not possible.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"settings file {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"settings file {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"settings file {path} must hold settings by name, such as `model: …`")
+    values = read_settings(path)
     if output_dir is not None:
         values["output_dir"] = str(output_dir)
     try:

@@ -134,6 +134,7 @@ def train_stage(run: Run) -> Outcome:
         load_examples(chosen.data, count=chosen.examples, seed=seed),
         chosen.settings(seed),
         run.directory / ADAPTER_DIR,
+        budget=None if chosen.budget is None else chosen.budget.budget(),
         track=run.track,
     )
     log = record["log"]

@@ -254,7 +254,6 @@ def test_packing_asks_the_model_before_it_starts(tmp_path, tokenizer, selection,
 
 
 def test_tensorboard_has_losses_and_forgetting(tmp_path, tokenizer, selection):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     settings = replace(SETTINGS, report_to="tensorboard")

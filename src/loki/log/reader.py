@@ -16,7 +16,7 @@ from loki.log import schema
 from loki.log.schema import LogHeader
 
 CHUNK_BYTES = 64 * 2**20
-READ_BYTES = 2**20
+READ_BYTES = 2 * 2**20
 TORCH_GRAIN = 2**15
 """Numbers that torch's elementwise operations leave to one thread."""
 
@@ -70,24 +70,25 @@ class AttributionLog:
         prompt_shape = (self.num_layers, self.num_rows)
         step = max(1, CHUNK_BYTES // (4 * math.prod(prompt_shape)))
         # Few prompts at a time stay in the processor's cache until they are checked and converted.
-        few = max(1, READ_BYTES // (self._scores.dtype.itemsize * math.prod(prompt_shape)))
-        # Read into a buffer of our own: h5py would fill a new one with zeros for every piece.
-        buffer_NLD = np.empty((min(few, self.num_prompts), *prompt_shape), self._scores.dtype)
+        few = min(step, self.num_prompts, max(1, READ_BYTES // (4 * math.prod(prompt_shape))))
+        # Read into memory of our own: h5py would fill new memory with zeros for every piece.
+        buffer_NLD = None
+        if self._scores.dtype != np.float32:
+            buffer_NLD = np.empty((few, *prompt_shape), self._scores.dtype)
         for start in range(0, self.num_prompts, step):
             scores_NLD = np.empty((min(step, self.num_prompts - start), *prompt_shape), np.float32)
             for first in range(0, len(scores_NLD), few):
                 self._read(start + first, buffer_NLD, scores_NLD[first : first + few])
             yield scores_NLD
 
-    def _read(self, start: int, buffer_NLD: np.ndarray, scores_NLD: np.ndarray) -> None:
-        """Fill `scores_NLD` with those of prompt `start` and the ones after it."""
-        is_float32 = buffer_NLD.dtype == scores_NLD.dtype
-        stored_NLD = scores_NLD if is_float32 else buffer_NLD[: len(scores_NLD)]
+    def _read(self, start: int, buffer_NLD: np.ndarray | None, scores_NLD: np.ndarray) -> None:
+        """Fill `scores_NLD` with those of prompt `start` and the ones after it, by way of a buffer to convert from."""
+        stored_NLD = scores_NLD if buffer_NLD is None else buffer_NLD[: len(scores_NLD)]
         try:
             self._scores.read_direct(stored_NLD, np.s_[start : start + len(stored_NLD)])
         except OSError as error:
             raise ArtefactError(f"attribution log {self.path} is damaged at prompt {start}: make it again") from error
-        if not is_float32:
+        if buffer_NLD is not None:
             _convert(stored_NLD, scores_NLD)
         if not _all_finite(scores_NLD):
             n, layer, row = (int(i) for i in np.argwhere(~np.isfinite(scores_NLD))[0])
