@@ -11,11 +11,15 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from tiny import make_model, make_tokenizer
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+# How long an example takes says more about the machine than about the code.
+hypothesis.settings.register_profile("loki", deadline=None)
+hypothesis.settings.load_profile("loki")
 # The models are so small that sharing their work costs more than it saves.
 torch.set_num_threads(1)
 
