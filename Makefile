@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-real test-data test-browser test_cov peft-suite check-llamafactory lint format typecheck clean
+.PHONY: help install demo test test-real test-data test-browser test-quantised test_cov peft-suite check-llamafactory lint format typecheck clean
 
 help:
 	@echo "make install    virtual environment with pinned dependencies and the embedded model"
@@ -12,6 +12,7 @@ help:
 	@echo "make test       fast tests        make test-real  tests on the real model (minutes)"
 	@echo "make test-data DATA_DIR=…  the built-in data against benchmarks: nothing is copied"
 	@echo "make test-browser  the report in Chromium (/usr/bin/chromium)"
+	@echo "make test-quantised  quantised base models (bitsandbytes, torchao)"
 	@echo "make test_cov   tests with coverage      make peft-suite  PEFT's own tests with LoKI (3 minutes)"
 	@echo "make check-llamafactory  LlamaFactory trains LoKI models and adapters on the CPU, in .venv-llamafactory"
 	@echo "make lint format typecheck clean"
@@ -61,6 +62,14 @@ $(FACTORY)/.installed: lf_config/requirements.txt
 	$(FACTORY)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio
 	$(FACTORY)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
+
+# Beside the environment, not in it: PEFT imports both wherever it finds them, and torchao then prints what it lacks.
+$(VENV)/quantised: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --target $@ bitsandbytes torchao
+	touch $@
+
+test-quantised: $(VENV)/quantised
+	PYTHONPATH=$(VENV)/quantised $(BIN)/python -m pytest tests/implanting -m quantised
 
 test_cov: install
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered

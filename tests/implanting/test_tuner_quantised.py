@@ -1,4 +1,4 @@
-"""Quantised bases, with the libraries that run on a CPU; skipped where they are not installed."""
+"""Quantised bases, with the libraries that run on a CPU (`make test-quantised`)."""
 
 import warnings
 
@@ -12,17 +12,16 @@ from tuned import INPUT_IDS, logits, loki_layers, loss
 from loki import LokiConfig
 from loki.errors import InputError
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:MatMul8bitLt:UserWarning",  # bitsandbytes tells of its own casts
-    "ignore:.*:DeprecationWarning",  # both libraries, of torch
-    "ignore:.*:FutureWarning",
-)
-KINDS = {
-    "bitsandbytes-8": "bitsandbytes",
-    "bitsandbytes-4": "bitsandbytes",
-    "torchao-8": "torchao",
-    "torchao-8-dynamic": "torchao",
-}
+pytestmark = [
+    pytest.mark.quantised,
+    pytest.mark.filterwarnings(
+        "ignore:MatMul8bitLt:UserWarning",  # bitsandbytes tells of its own casts
+        "ignore:.*:DeprecationWarning",  # both libraries, of torch
+        "ignore:.*:FutureWarning",
+    ),
+]
+
+KINDS = ("bitsandbytes-8", "bitsandbytes-4", "torchao-8", "torchao-8-dynamic")
 POSITIONS = [[1, 7], [], [0, 3, 60]]
 LARGEST_ERROR = {"bitsandbytes-8": 1 / 127, "bitsandbytes-4": 1 / 6, "torchao-8": 1 / 127, "torchao-8-dynamic": 1 / 127}
 """In parts of a row's largest weight: one of 127 steps; half of the widest gap between FP4's values, 2/3 and 1."""
