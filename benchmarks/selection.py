@@ -78,9 +78,9 @@ def read_with_h5py(path: Path) -> None:
 
 
 def read_chunks(path: Path) -> None:
-    """Reading as `AttributionLog` does it: in float32, and every score checked."""
+    """Reading as `AttributionLog` does it for selections: every score checked."""
     with AttributionLog(path) as log:
-        for _ in log.chunks():
+        for _ in log.stored_chunks():
             pass
 
 
@@ -141,7 +141,7 @@ PARTS = {
 }
 LABELS = {
     "read, h5py": "reading only, h5py",
-    "read, AttributionLog": "reading only, AttributionLog.chunks",
+    "read, AttributionLog": "reading only, AttributionLog",
     "select": f"layer_balanced, q={QUOTA}",
     "select, one processor": f"layer_balanced, q={QUOTA}, one processor",
     "quotas": f"{len(VOTING)} strategies, q={','.join(QUOTAS)}",

@@ -175,6 +175,17 @@ def test_every_number_of_half_precision_is_read_exactly(path):
     np.testing.assert_array_equal(found.view(np.int32), scores_NLD.astype(np.float32).view(np.int32))
 
 
+@pytest.mark.parametrize(("stored", "dtype"), [("f2", "f2"), ("f4", "f4"), ("f8", "f4"), (">f2", "f4"), (">f4", "f4")])
+def test_stored_chunks_stay_in_half_precision(path, monkeypatch, stored, dtype):
+    write(path, SCORES_NLD.astype(stored))
+    monkeypatch.setattr(reader, "CHUNK_BYTES", 3 * 4 * 3 * 5)
+    with AttributionLog(path) as log:
+        chunks = list(log.stored_chunks())
+    assert [len(chunk) for chunk in chunks] == [3, 3, 1]
+    assert {chunk.dtype for chunk in chunks} == {np.dtype(dtype)}
+    np.testing.assert_array_equal(np.concatenate(chunks), SCORES_NLD.astype(stored).astype(dtype))
+
+
 @pytest.mark.parametrize("dtype", ["f2", "f4", "f8", ">f2", ">f4"])
 @pytest.mark.parametrize("options", [{}, {"chunks": (2, 2, 3), "compression": "gzip"}], ids=["plain", "gzip"])
 def test_chunks_are_arrays_of_their_own(path, monkeypatch, dtype, options):

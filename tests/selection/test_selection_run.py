@@ -184,8 +184,8 @@ def requests_in(folder):
 
 def test_several_files_in_one_pass(log_path, tmp_path, monkeypatch):
     passes = []
-    read = AttributionLog.chunks
-    monkeypatch.setattr(AttributionLog, "chunks", lambda log: passes.append(1) or read(log))
+    read = AttributionLog.stored_chunks
+    monkeypatch.setattr(AttributionLog, "stored_chunks", lambda log: passes.append(1) or read(log))
     made = select_to_files(log_path, requests_in(tmp_path), Constraints(seed=5))
     assert len(passes) == 1
     names = ["25.json", "adaptive_50.json", "global_highest_37.5.json", "random_25.json"]
@@ -266,7 +266,7 @@ def test_nothing_is_written_when_one_of_several_is_impossible(
 
 
 def test_a_stability_of_random_rows_is_refused_before_the_log_is_read(log_path, tmp_path, monkeypatch):
-    monkeypatch.delattr(AttributionLog, "chunks")
+    monkeypatch.delattr(AttributionLog, "stored_chunks")
     with pytest.raises(InputError, match="its stability says nothing"):
         select_to_files(log_path, requests_in(tmp_path), Constraints(resamples=5))
 

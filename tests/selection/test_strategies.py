@@ -228,8 +228,8 @@ def test_a_log_read_and_ranked_in_pieces_selects_the_same(write_log, monkeypatch
 def test_several_elections_in_one_pass_equal_one_at_a_time(write_log, monkeypatch, strategy):
     path = write_log(np.random.default_rng(4).integers(-4, 5, size=(9, 2, 16)))
     passes = []
-    read = AttributionLog.chunks
-    monkeypatch.setattr(AttributionLog, "chunks", lambda log: passes.append(1) or read(log))
+    read = AttributionLog.stored_chunks
+    monkeypatch.setattr(AttributionLog, "stored_chunks", lambda log: passes.append(1) or read(log))
     candidates_LD = np.ones((2, 16), dtype=bool)
     elections = [
         Election.of(name, quota, candidates_LD) for quota in (12.5, 25, 50) for name in (strategy, "layer_balanced")

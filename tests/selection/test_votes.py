@@ -236,3 +236,33 @@ def test_more_votes_than_a_byte_holds():
     scores_NLD = np.tile(np.array([[[1, 0, 2], [2, 1, 0]]], dtype=np.float32), (1000, 1, 1))
     for scope, expected in (("layer", [[0, 1000, 0], [0, 0, 1000]]), ("model", [[0, 1000, 0], [0, 0, 0]])):
         assert votes_of(scores_NLD, Ballot(scope, "lowest", 1)).counts_LD.tolist() == expected
+
+
+def test_half_precision_votes_as_the_same_numbers_in_single_precision():
+    """All finite numbers of half precision in random order, zeros of both signs and subnormal ones among them."""
+    numbers = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    numbers = numbers[np.isfinite(numbers)]
+    scores_NLD = np.stack([np.random.default_rng(seed).permutation(numbers).reshape(2, -1) for seed in range(3)])
+    ballots = [
+        Ballot(scope, direction, count, score)
+        for scope in ("layer", "model")
+        for direction in ("lowest", "highest")
+        for count in (1, 3000, 15_872, 31_743)  # of 31,744 rows of a layer, the median among them
+        for score in ("signed", "magnitude")
+    ]
+    half, single = (count_votes([values], ballots) for values in (scores_NLD, scores_NLD.astype(np.float32)))
+    for ballot, found, expected in zip(ballots, half, single, strict=True):
+        assert np.array_equal(found.counts_LD, expected.counts_LD)
+        assert np.array_equal(found.mean_scores_LD, expected.mean_scores_LD)
+        (alone,) = count_votes([scores_NLD], [ballot])  # which takes a partition in place of a sort
+        assert np.array_equal(found.counts_LD, alone.counts_LD)
+
+
+@pytest.mark.parametrize("scope", ["layer", "model"])
+def test_zeros_of_both_signs_tie_in_half_precision(scope):
+    scores_NLD = np.array([[[0.0, -0.0, 1.0, -0.0, 0.0]]], dtype=np.float16)
+    for ballot, rows in (("lowest", [0, 1]), ("highest", [2, 4])):
+        (votes,) = count_votes([scores_NLD], [Ballot(scope, ballot, 2)])
+        assert np.flatnonzero(votes.counts_LD).tolist() == rows
+    equal = np.array([[[0.0, -0.0, -0.0]]], dtype=np.float16)
+    assert count_votes([equal], [Ballot(scope, "lowest", 1)])[0].num_abstentions == 1

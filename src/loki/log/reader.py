@@ -67,16 +67,23 @@ class AttributionLog:
         Raises:
             ArtefactError: a score is NaN or infinite, or the file cannot be read.
         """
-        prompt_shape = (self.num_layers, self.num_rows)
+        return map(as_float32, self.stored_chunks())
+
+    def stored_chunks(self) -> Iterator[np.ndarray]:
+        """The same pieces, in float16 where that is how they are stored.
+
+        Raises:
+            ArtefactError: as `chunks`.
+        """
+        stored, prompt_shape = self._scores.dtype, (self.num_layers, self.num_rows)
         step = max(1, CHUNK_BYTES // (4 * math.prod(prompt_shape)))
-        # Few prompts at a time stay in the processor's cache until they are checked and converted.
+        # Few prompts at a time stay in the processor's cache until they are checked.
         few = min(step, self.num_prompts, max(1, READ_BYTES // (4 * math.prod(prompt_shape))))
-        # Read into memory of our own: h5py would fill new memory with zeros for every piece.
-        buffer_NLD = None
-        if self._scores.dtype != np.float32:
-            buffer_NLD = np.empty((few, *prompt_shape), self._scores.dtype)
+        dtype = stored if stored in (np.float16, np.float32) else np.dtype(np.float32)
+        buffer_NLD = None if dtype == stored else np.empty((few, *prompt_shape), stored)
         for start in range(0, self.num_prompts, step):
-            scores_NLD = np.empty((min(step, self.num_prompts - start), *prompt_shape), np.float32)
+            # Read into memory of our own: h5py would fill new memory with zeros for every piece.
+            scores_NLD = np.empty((min(step, self.num_prompts - start), *prompt_shape), dtype)
             for first in range(0, len(scores_NLD), few):
                 self._read(start + first, buffer_NLD, scores_NLD[first : first + few])
             yield scores_NLD
@@ -89,7 +96,8 @@ class AttributionLog:
         except OSError as error:
             raise ArtefactError(f"attribution log {self.path} is damaged at prompt {start}: make it again") from error
         if buffer_NLD is not None:
-            _convert(stored_NLD, scores_NLD)
+            with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused
+                scores_NLD[:] = stored_NLD
         if not _all_finite(scores_NLD):
             n, layer, row = (int(i) for i in np.argwhere(~np.isfinite(scores_NLD))[0])
             raise ArtefactError(
@@ -169,22 +177,25 @@ class AttributionLog:
         return header
 
 
-def _convert(stored_NLD: np.ndarray, scores_NLD: np.ndarray) -> None:
-    """Copy into float32; what is too large for it becomes infinite."""
-    if stored_NLD.dtype == np.float16:
-        # Several times faster than numpy.
-        import torch
+def as_float32(scores: np.ndarray) -> np.ndarray:
+    """The same numbers in float32; float32 as it is."""
+    if scores.dtype != np.float16:
+        return scores.astype(np.float32, copy=False)
+    # Several times faster than numpy.
+    import torch
 
-        # In parts for which torch starts no threads of its own: those who read ahead have other work for processors.
-        parts = (torch.split(torch.from_numpy(values.reshape(-1)), TORCH_GRAIN) for values in (scores_NLD, stored_NLD))
-        for converted, stored in zip(*parts, strict=True):
-            converted.copy_(stored)
-    else:
-        with np.errstate(over="ignore"):
-            scores_NLD[:] = stored_NLD
+    converted = np.empty(scores.shape, np.float32)
+    # In parts for which torch starts no threads of its own: those who read ahead have other work for processors.
+    target, source = (torch.from_numpy(values.reshape(-1)) for values in (converted, scores))
+    for start in range(0, len(target), TORCH_GRAIN):
+        target[start : start + TORCH_GRAIN] = source[start : start + TORCH_GRAIN]
+    return converted
 
 
 def _all_finite(scores_NLD: np.ndarray) -> bool:
+    if scores_NLD.dtype == np.float16:
+        # Half precision has no arithmetic of its own; NaN and infinity have all bits of the exponent set.
+        return bool((scores_NLD.view(np.int16) & 0x7FFF).max() < 0x7C00)
     # A sum tells at a quarter of the cost of looking at each; one that overflows says nothing.
     with np.errstate(over="ignore", invalid="ignore"):
         total = scores_NLD.sum()

@@ -169,7 +169,7 @@ def select_all(log: AttributionLog | None, elections: Sequence[Election]) -> lis
             needing = next(election.strategy for election in elections if election.ballot is not None)
             raise InputError(f"strategy {needing!r} needs an attribution log: make one with `loki analyse`")
         counter = VoteCounter(ballots, elections[0].candidates_LD)
-        for scores_NLD in read_ahead(log.chunks()):
+        for scores_NLD in read_ahead(log.stored_chunks()):
             counter.add(scores_NLD)
         votes |= zip(ballots, counter.result(), strict=True)
     return [

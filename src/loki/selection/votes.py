@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from loki.log.reader import as_float32
 from loki.selection.threads import in_threads, read_ahead
 
 Scope = Literal["layer", "model"]
@@ -19,7 +20,7 @@ Direction = Literal["lowest", "highest"]
 Score = Literal["signed", "magnitude"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
-BLOCK_SCORES = 2**17
+BLOCK_SCORES = 2**19
 """Scores that a thread ranks at a time, so that they stay in its cache."""
 MODEL_PROMPTS = 32
 """Prompts of one task of a thread where rows compete over the whole model; each task has counts of its own."""
@@ -69,7 +70,7 @@ class VoteCounter:
         self._num_prompts = 0
 
     def add(self, scores_NLD: np.ndarray) -> None:
-        """Count the votes of further prompts: scores (n, L, D) float32, finite."""
+        """Count the votes of further prompts: scores (n, L, D) of any floating dtype, finite."""
         if not self._num_prompts:
             self._counts = [np.zeros(scores_NLD.shape[1:], dtype=np.int64) for _ in self.ballots]
             self._totals = {ballot.score: np.zeros(scores_NLD.shape[1:]) for ballot in self.ballots}
@@ -92,8 +93,9 @@ class VoteCounter:
         def add_layer(layer: int) -> _Tally:
             tally = _Tally(self._of_scope["layer"], num_rows, None if standing_LD is None else standing_LD[layer])
             for block_ND in _blocks(scores_NLD[:, layer]):
+                exact_ND = as_float32(block_ND) if block_ND.dtype == np.float16 else block_ND
                 for score, total_LD in self._totals.items():
-                    total_LD[layer] += score_of(block_ND, score).sum(axis=0, dtype=np.float64)
+                    total_LD[layer] += score_of(exact_ND, score).sum(axis=0, dtype=np.float64)
                 tally.add(block_ND)
             return tally
 
@@ -164,13 +166,30 @@ def mark_votes(
     for ballot in ballots:
         if ballot.score not in rankings:
             counts = {(other.direction, other.count) for other in ballots if other.score == ballot.score}
-            rankings[ballot.score] = _Ranking(score_of(scores_NC, ballot.score), sort=len(counts) > 1)
+            rankings[ballot.score] = _Ranking(_sortable(scores_NC, ballot.score), sort=len(counts) > 1)
         yield rankings[ballot.score].marks(ballot)
 
 
 def score_of(scores: np.ndarray, score: Score) -> np.ndarray:
     """What a ballot ranks by."""
     return np.abs(scores) if score == "magnitude" else scores
+
+
+def _sortable(scores: np.ndarray, score: Score) -> np.ndarray:
+    """Numbers in the order of what a ballot ranks by.
+
+    For half precision, which processors do not compare, these are whole numbers: its bits but the first are the
+    magnitude's place among all, and the first is the sign. Zeros of both signs are 0.
+    """
+    if scores.dtype != np.float16:
+        return score_of(scores, score)
+    bits = scores.view(np.int16)
+    places = bits & 0x7FFF
+    if score == "signed":
+        signs = bits >> 15  # 0 or -1, with which the next two lines negate
+        places ^= signs
+        places -= signs
+    return places
 
 
 class _Ranking:
