@@ -208,21 +208,14 @@ class _Ranking:
         values_NC, num_rows, lowest = self.values_NC, self.values_NC.shape[1], ballot.direction == "lowest"
         if ballot.count == num_rows:
             marks_NC = np.ones(values_NC.shape, dtype=bool)
-            undecided = np.arange(len(values_NC))
-        else:
-            last_N, first_out_N = self._edge(ballot)
-            marks_NC = values_NC <= last_N[:, None] if lowest else values_NC >= last_N[:, None]
-            undecided = np.flatnonzero(first_out_N == last_N)
-        for n in undecided:
-            values_C = values_NC[n]
-            if values_C.min() == values_C.max():
-                marks_NC[n] = False
-            elif ballot.count < num_rows:
-                better_C = values_C < last_N[n] if lowest else values_C > last_N[n]
-                tied = np.flatnonzero(values_C == last_N[n])
-                left = ballot.count - int(better_C.sum())
-                marks_NC[n] = better_C
-                marks_NC[n, tied[:left] if lowest else tied[len(tied) - left :]] = True
+            marks_NC[values_NC.min(axis=1) == values_NC.max(axis=1)] = False
+            return marks_NC
+        last_N, first_out_N = self._edge(ballot)
+        marks_NC = values_NC <= last_N[:, None] if lowest else values_NC >= last_N[:, None]
+        for n in np.flatnonzero(first_out_N == last_N):
+            tied = np.flatnonzero(values_NC[n] == last_N[n])
+            surplus = len(tied) if len(tied) == num_rows else np.count_nonzero(marks_NC[n]) - ballot.count
+            marks_NC[n, tied[len(tied) - surplus :] if lowest else tied[:surplus]] = False
         return marks_NC
 
     def _edge(self, ballot: Ballot) -> tuple[np.ndarray, np.ndarray]:
