@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-real test-data test-browser test-quantised test_cov peft-suite check-llamafactory lint format typecheck clean
+.PHONY: help install demo test test-real test-data test-browser test-quantised test_cov peft-suite check-llamafactory test-lowest lint format typecheck clean
 
 help:
 	@echo "make install    virtual environment with pinned dependencies and the embedded model"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-quantised  quantised base models (bitsandbytes, torchao)"
 	@echo "make test_cov   tests with coverage      make peft-suite  PEFT's own tests with LoKI (3 minutes)"
 	@echo "make check-llamafactory  LlamaFactory trains LoKI models and adapters on the CPU, in .venv-llamafactory"
+	@echo "make test-lowest  the lowest versions that pyproject.toml allows, in .venv-lowest (4 minutes)"
 	@echo "make lint format typecheck clean"
 	@echo "make analysing_mmlu_llama (_qwen, _qwen2)  attribution over MMLU, as the paper's public implementation has it;"
 	@echo "                each also with _batch, _data_parallel, _model_parallel"
@@ -61,6 +62,18 @@ $(FACTORY)/.installed: lf_config/requirements.txt
 	$(FACTORY)/bin/python -m pip install --quiet torch==2.13.0 --requirement lf_config/requirements.txt
 	$(FACTORY)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio
 	$(FACTORY)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+# The lowest versions that pyproject.toml allows: the parts that touch these libraries. Old libraries warn of each other.
+LOWEST := .venv-lowest
+LOWEST_TESTS := tests/implanting tests/training tests/log tests/prompts tests/cli tests/analysis
+
+test-lowest: $(LOWEST)/.installed
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -W default $(LOWEST_TESTS)
+
+$(LOWEST)/.installed: pyproject.toml tests/lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --requirement tests/lowest.txt --editable .
 	touch $@
 
 # Beside the environment, not in it: PEFT imports both wherever it finds them, and torchao then prints what it lacks.

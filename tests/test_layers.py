@@ -26,6 +26,7 @@ ORDER = [
     "training",
     "reporting",
     "run_settings",
+    "study",
     "stages",
     "pipeline",
     "cli",

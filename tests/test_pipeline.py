@@ -85,6 +85,15 @@ def test_every_shown_number_is_in_the_summary(settings):
     assert all(row.name in report for row in summary.comparisons)
 
 
+def test_the_report_shows_what_a_budget_saw(tmp_path, model_dir, few_prompts):
+    budget = {"max_kl": 1e-9, "every": 2, "probe_accuracy": False, "max_tokens": 20}
+    train = {"examples": 8, "learning_rate": 0.01, "epochs": 2, "batch_size": 4, "budget": budget}
+    settings = make_settings(model_dir, tmp_path / "run", train=train)
+    run_and_follow(settings)
+    report = (settings.output_dir / "report.html").read_text().replace("\u2009", " ")
+    assert "The budget (KL divergence 1 × 10⁻⁹) was spent at step 2 by the KL divergence, and training stop" in report
+
+
 def test_a_second_run_reuses_every_stage(settings, monkeypatch):
     first, _ = run_and_follow(settings)
     monkeypatch.setattr(stages.Run, "load_model", lambda *_: pytest.fail("a finished stage ran again"))

@@ -1,12 +1,17 @@
 """The same promises on the real model: SmolLM2-135M-Instruct out of its package (`make test-real`)."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from peft import get_peft_model
 from safetensors.torch import load_file
 
@@ -22,7 +27,7 @@ from loki.prompts.render import encode_chat, render_chat, single_choice_prompt
 from loki.rows import RowSelection
 from loki.training.examples import load_examples
 from loki.training.settings import TrainSettings
-from loki.training.sft import train
+from loki.training.sft import load_record, train
 
 pytestmark = pytest.mark.real
 
@@ -138,6 +143,46 @@ def test_a_trained_and_merged_model_differs_in_the_selected_rows_only(tmp_path, 
     found = torch.tensor(json.loads(plain.stdout.splitlines()[-1]))
     # float32 rounding through 30 layers: logits are around 10.
     torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-3)
+
+
+def test_a_training_with_everything_on_is_killed_and_goes_on(tmp_path):
+    """Packs, a budget and TensorBoard; the adapter, the history and the curves of one that was not killed."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    budget = {"text": "probe", "max_loss_rise": 1e-4, "every": 2, "action": "lower", "probe_accuracy": False}
+    values = {
+        "model": EMBEDDED_NAME,
+        "positions": str(Path(__file__).parents[1] / "kva_result/pos_json/SmolLM2-135M-Instruct/10.json"),
+        **{"examples": 12, "learning_rate": 5e-3, "steps": 5, "batch_size": 1, "packing": True, "max_length": 128},
+        **{"save_every": 2, "log_every": 1, "report_to": "tensorboard", "dtype": "float32", "device": "cpu"},
+        "budget": {**budget, "max_tokens": 60},
+    }
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(values))
+
+    def start(name):
+        command = [sys.executable, "-m", "loki", "train", "--output-dir", tmp_path / name, tmp_path / "train.yaml"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
+
+    killed, uninterrupted = start("parts"), start("whole")
+    while killed.poll() is None and not (tmp_path / "parts.unfinished/checkpoint-2/trainer_state.json").exists():
+        time.sleep(0.05)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    assert not (tmp_path / "parts").exists()
+    assert start("parts").wait() == uninterrupted.wait() == 0
+
+    parts, whole = (load_record(tmp_path / name) for name in ("parts", "whole"))
+    assert {**parts, "train_loss": pytest.approx(parts["train_loss"], rel=1e-6)} == whole
+    assert [row["step"] for row in whole["budget"]["history"]] == [0, 2, 4, 5]
+    assert whole["budget"]["spent"]
+    found, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("parts", "whole"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    events = EventAccumulator(str(tmp_path / "parts/tensorboard")).Reload()
+    for name, rows in (("loss", whole["log"]), ("forgetting/kl", whole["budget"]["history"])):
+        shown = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
+        assert shown == [(row["step"], pytest.approx(row[name.split("/")[-1]], rel=1e-6)) for row in rows], name
 
 
 def test_in_bfloat16_no_unselected_row_differs(tokenizer):

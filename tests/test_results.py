@@ -4,7 +4,7 @@ import math
 import pytest
 
 from loki.errors import ArtefactError
-from loki.results import SCHEMA_VERSION, Comparison, Measure, Result
+from loki.results import SCHEMA_VERSION, Comparison, Measure, Result, finite
 
 
 def example():
@@ -95,3 +95,8 @@ def test_a_figure_that_is_not_finite_is_never_written(tmp_path, value):
 )
 def test_text_of_a_measure(measure, text):
     assert str(measure) == text
+
+
+def test_null_stands_for_what_json_cannot_say():
+    value = {"a": [1.5, math.nan], "b": {"c": (math.inf, "text", None)}, "d": -math.inf, "e": 3}
+    assert finite(value) == {"a": [1.5, None], "b": {"c": [None, "text", None]}, "d": None, "e": 3}

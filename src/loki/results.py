@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -83,6 +84,15 @@ class Result:
             return cls(comparisons=comparisons, **values)
         except (KeyError, TypeError) as error:
             raise ArtefactError(f"result {path} is not a result of this version: run again") from error
+
+
+def finite(value: Any) -> Any:
+    """A JSON value in which null stands for every number that is not finite, because JSON has none."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: finite(part) for name, part in value.items()}
+    return [finite(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _comparison(row: Mapping[str, Any]) -> Comparison:

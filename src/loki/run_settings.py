@@ -53,7 +53,8 @@ class TrainSection(_Section):
     data: str = "function-calls"
     examples: int | None = Field(default=None, ge=1)
     learning_rate: float
-    steps: int
+    steps: int | None = None
+    epochs: float | None = None
     batch_size: int = 4
     accumulate: int = 1
     warmup_steps: int = 0

@@ -23,13 +23,14 @@ from loki.prompts.function_calls import make_examples
 from loki.prompts.questions import load_probe
 from loki.prompts.sources import DatasetSpec, load_datasets
 from loki.provenance import require_writable_parent
-from loki.reporting.data import ReportData
+from loki.reporting.data import Forgetting, ReportData
 from loki.reporting.html import write_report
 from loki.reporting.reading import read_log, report_of_log
 from loki.results import Comparison, Result
 from loki.rows import RowSelection, meta_path
 from loki.run_settings import RunSettings
 from loki.selection.run import default_positions_name, select_to_file
+from loki.study.page import study_report
 from loki.training.examples import load_examples
 from loki.training.sft import load_record, train
 
@@ -228,10 +229,12 @@ def report(
     figures_dir: Path | None = None,
     with_stability: bool = True,
 ) -> Path:
-    """Draw the page of a finished run's directory, or of an attribution log with positions; returns where it is.
+    """Draw the page of a finished run's directory, of an attribution log with positions, or of a study's result.
+
+    Returns where it is.
 
     `positions` are compared with each other, and in a run with the run's own. `output` is `report.html` in the run
-    directory, or `<log>.report.html` beside the log, when left out; `figures_dir` takes each figure as PNG and SVG.
+    directory, or `<name>.report.html` beside the file, when left out; `figures_dir` takes each figure as PNG and SVG.
 
     Raises:
         InputError: neither a finished run nor a file.
@@ -241,13 +244,20 @@ def report(
     if path.is_file():
         output = output or path.with_suffix(".report.html")
     elif not path.exists():
-        raise InputError(f"{path} does not exist: name the directory of a finished `loki run`, or an attribution log")
+        raise InputError(
+            f"{path} does not exist: name the directory of a finished `loki run`, an attribution log, or a study's "
+            "result"
+        )
     elif not (path / SUMMARY_FILE).is_file():
         raise InputError(f"{path} has no {SUMMARY_FILE}: name the directory of a finished `loki run`")
     output = output or path / REPORT_FILE
     for place in [output] if figures_dir is None else [output, figures_dir / output.name]:
         require_writable_parent(place)
-    if path.is_file():
+    if path.suffix == ".json":
+        if positions:
+            raise InputError(f"{path} is a study's result, which has no positions to compare: leave --positions out")
+        data = study_report(Result.load(path))
+    elif path.is_file():
         data = report_of_log(path, positions, with_stability=with_stability)
     else:
         data = _report_of_run(path, positions, with_stability=with_stability)
@@ -272,4 +282,5 @@ def _report_of_run(directory: Path, positions: Sequence[Path], *, with_stability
         selections=reading.selections,
         stability=reading.stability,
         training_log=record.get("log", []),
+        forgetting=Forgetting.of_record(record["budget"]) if "budget" in record else None,
     )

@@ -11,6 +11,8 @@ import pytest
 from loki.log import schema
 from loki.log.assembly import write_header
 from loki.log.schema import LogHeader
+from loki.reporting.data import Forgetting, ReportData
+from loki.reporting.html import write_report
 from loki.selection.run import select_to_file
 from loki.stages import report
 
@@ -322,6 +324,33 @@ def test_nothing_moves_for_those_who_do_not_want_it(open_page):
     hit.scroll_into_view_if_needed()
     page.mouse.move(*at(hit, 0.5, 0.5))
     assert page.evaluate("getComputedStyle(document.querySelector('figure .tip')).animationName") == "none"
+
+
+@pytest.mark.parametrize("width", [360, 1100])
+def test_forgetting_is_drawn_within_its_frame(browser, tmp_path, width):
+    """Three panels; no word leaves the drawing or lies on another, on a telephone either."""
+    history = [
+        {"step": 20 * n, "loss_rise": 0.031 * n, "kl": 1e-5 * n, "probe_accuracy": 45 - n, "probe_standard_error": 4.7}
+        for n in range(6)
+    ]
+    data = ReportData("A run", "Tiny", forgetting=Forgetting(history, max_loss_rise=0.1, max_kl=2.5e-5))
+    write_report(tmp_path / "report.html", data)
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.goto((tmp_path / "report.html").as_uri())
+    frame = page.locator("svg").bounding_box()
+    boxes = [(text.text_content(), text.bounding_box()) for text in page.locator("svg text").all()]
+    page.close()
+    assert {"dashed: limit 0.1", "bars: standard error", "100"} <= {words.strip() for words, _ in boxes}
+    for words, box in boxes:
+        assert frame["x"] <= box["x"] <= box["x"] + box["width"] <= frame["x"] + frame["width"], words
+        assert frame["y"] <= box["y"] <= box["y"] + box["height"] <= frame["y"] + frame["height"] + 1, words
+    for index, (words, one) in enumerate(boxes):
+        for others, two in boxes[:index]:
+            apart = [
+                one[side] + one[size] <= two[side] + 0.5 or two[side] + two[size] <= one[side] + 0.5
+                for side, size in (("x", "width"), ("y", "height"))
+            ]
+            assert any(apart), (words, others)
 
 
 def test_foreign_script_is_refused(page_path, browser, tmp_path):

@@ -1,10 +1,13 @@
 """`loki train`: settings files, options, budgets, and several processes."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -68,6 +71,12 @@ def test_the_same_numbers_come_from_a_file_and_from_options(loki, settings, tmp_
         assert torch.equal(value, load_file(tmp_path / "flags/adapter_model.safetensors")[name])
 
 
+def test_epochs_in_place_of_steps(loki, settings, tmp_path):
+    """Eight examples in batches of two."""
+    assert loki("train", write(tmp_path, settings), "--epochs", 1.25).code == 0
+    assert [row["step"] for row in record_of(tmp_path / "adapter")["log"]] == [1, 2, 3, 4, 5]
+
+
 def test_a_scaled_learning_rate_is_told(loki, settings, tmp_path):
     (tmp_path / "p.json").write_text(json.dumps([[1], [2], [3]]))
     done = loki("train", write(tmp_path, settings, steps=1))
@@ -95,6 +104,7 @@ def test_a_budget_is_told_step_by_step_and_kept_in_the_record(loki, settings, tm
         ({"data": "no.jsonl"}, "training data 'no.jsonl' cannot be read"),
         ({"max_length": 3}, "no example has an answer within 3 tokens"),
         ({"lora_alpha": 2}, "lora alpha 2.0 needs a rank"),
+        ({"steps": None}, "steps is missing: give steps"),
     ],
 )
 def test_what_is_wrong_is_one_line(loki, settings, tmp_path, changes, message):
@@ -112,18 +122,34 @@ def test_a_missing_option_is_named(loki):
 
 
 def launch(arguments, tmp_path):
-    """Run processes, and fail rather than hang."""
+    """Start processes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-m", *arguments],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=TIMEOUT,
         env=environment,
         cwd=tmp_path,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+
+
+def errors_of(process):
+    """What a launch wrote to standard error; it fails rather than hangs."""
+    try:
+        _, errors = process.communicate(timeout=TIMEOUT)
+    finally:
+        kill(process)
+    assert process.returncode == 0, errors[-3000:]
+    return errors
+
+
+def kill(process):
+    """A launcher and all that it started: torchrun puts each of them into a session of its own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for started in [*psutil.Process(process.pid).children(recursive=True), process]:
+            started.kill()
+    process.wait()
 
 
 def test_two_processes_equal_one_with_the_doubled_batch(loki, settings, tmp_path):
@@ -134,9 +160,9 @@ def test_two_processes_equal_one_with_the_doubled_batch(loki, settings, tmp_path
     assert loki("train", config, "--batch-size", 4, "--output-dir", tmp_path / "one").code == 0
     # Without GPUs it starts several processes only if it is told that there are some.
     accelerate = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    done = launch([*accelerate, "-m", "loki", "train", str(config)], tmp_path)
-    assert done.stderr.count("wrote ") == 1
-    assert done.stderr.count("note: step 2: per-token loss") == 1
+    errors = errors_of(launch([*accelerate, "-m", "loki", "train", str(config)], tmp_path))
+    assert errors.count("wrote ") == 1
+    assert errors.count("note: step 2: per-token loss") == 1
     one, two = (record_of(tmp_path / name) for name in ("one", "adapter"))
     assert (one["num_processes"], two["num_processes"]) == (1, 2)
     # The same sums in another order, in float32; AdamW divides by small gradients and makes more of it.
@@ -147,3 +173,27 @@ def test_two_processes_equal_one_with_the_doubled_batch(loki, settings, tmp_path
     for name, value in expected.items():
         assert (found[name] - value).norm() < 1e-3 * value.norm(), name
     assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_two_processes_that_are_killed_go_on(loki, settings, tmp_path):
+    """And end as one that was not interrupted, with the doubled batch; steps enough for the kill to come in time."""
+    config = write(tmp_path, settings, steps=60, save_every=20, learning_rate=1e-3)
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "loki", "train", str(config)]
+    process, waited_until = launch(torchrun, tmp_path), time.monotonic() + TIMEOUT
+    while not (tmp_path / "adapter.unfinished/checkpoint-20/trainer_state.json").exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < waited_until
+        time.sleep(0.01)
+    kill(process)
+    process.communicate()
+    assert not (tmp_path / "adapter").exists()
+    errors_of(launch(torchrun, tmp_path))
+    assert loki("train", config, "--batch-size", 4, "--output-dir", tmp_path / "one").code == 0
+    one, two = (record_of(tmp_path / name) for name in ("one", "adapter"))
+    # As above.
+    assert [row["loss"] for row in two["log"]] == pytest.approx([row["loss"] for row in one["log"]], rel=1e-4)
+    assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
+    expected = load_file(tmp_path / "one/adapter_model.safetensors")
+    found = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    for name, value in expected.items():
+        assert (found[name] - value).norm() < 1e-3 * value.norm(), name

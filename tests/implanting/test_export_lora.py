@@ -157,7 +157,10 @@ def test_the_base_that_the_adapter_names_is_the_default(tmp_path, saved):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_hidden_layers": 2}, "changes model.layers.2.mlp.down_proj, which model .* does not have"),
+        (
+            {"num_hidden_layers": 2},
+            r"changes model.layers.2.\S+.weight, which model .* does not have: give --model the",
+        ),
         ({"intermediate_size": 32}, r"does not fit .*down_proj.weight \(16 × 32\) of model"),
         ({"hidden_size": 12, "num_attention_heads": 2}, r"does not fit .*layers.2.mlp.down_proj.weight \(12 × 24\)"),
     ],

@@ -1,16 +1,18 @@
 """Quantised bases, with the libraries that run on a CPU (`make test-quantised`)."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from families import FAMILY_MODELS
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerControl, TrainerState, TrainingArguments
 from tuned import INPUT_IDS, logits, loki_layers, loss
 
 from loki import LokiConfig
 from loki.errors import InputError
+from loki.training.budget import ForgettingBudget
 
 pytestmark = [
     pytest.mark.quantised,
@@ -125,6 +127,25 @@ def test_training_leaves_the_base_as_it_is(kind, base_dir):
     assert losses[-1] < losses[0]
     for layer, weight in zip(loki_layers(wrapped).values(), before, strict=True):
         assert torch.equal(read_weight(layer), weight)
+
+
+def test_measuring_forgetting_leaves_gradients_as_they_are(tmp_path, kind, base_dir):
+    """bitsandbytes' 4-bit weights, once evaluated on a CPU with AVX-512 BF16, pass wrong gradients on."""
+    wrapped = wrap(kind, base_dir)
+
+    def gradients():
+        wrapped.zero_grad()
+        loss(wrapped).backward()
+        return [p.grad.clone() for p in wrapped.parameters() if p.requires_grad]
+
+    before = gradients()
+    # Token ids of the tiny model's vocabulary.
+    budget = ForgettingBudget(["abc"], tokenizer=lambda _: SimpleNamespace(input_ids=[5, 6, 7]), probe_accuracy=False)
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", bf16=False)
+    budget.on_train_begin(args, TrainerState(), TrainerControl(), model=wrapped)
+    assert budget.history[0]["kl"] > 0
+    for found, expected in zip(gradients(), before, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("rank", [0, 2])

@@ -8,10 +8,12 @@ from loki.errors import InputError
 from loki.reporting.charts import (
     attribution_ridges,
     crowding_bars,
+    forgetting_curves,
     linear_unit,
     stability_histogram,
     training_curve,
 )
+from loki.reporting.data import Forgetting
 
 
 def words(picture):
@@ -90,3 +92,57 @@ def test_linear_unit_lies_below_nine_tenths_of_the_rows():
     means_LD = np.array([[*np.full(19, -3e-4), 2e-6]])
     assert linear_unit(means_LD) == pytest.approx(1e-4)
     assert linear_unit(np.zeros((1, 2))) == 1.0
+
+
+def watched(rises, divergences, right=None, **limits):
+    """A history of measurements every ten steps, over a hundred questions of which so many are answered right."""
+    rows = [
+        {"step": 10 * n, "loss_rise": rise, "kl": kl}
+        for n, (rise, kl) in enumerate(zip(rises, divergences, strict=True))
+    ]
+    for row, count in zip(rows, right or [], strict=False):
+        row |= {"probe_accuracy": float(count), "probe_standard_error": 10 * (count * (100 - count) / 9900) ** 0.5}
+    return Forgetting(rows, **limits)
+
+
+def test_forgetting_has_a_panel_for_each_measure_and_its_limit():
+    data = watched([0.0, 0.02, 0.06], [0.0, 0.01, 0.03], [50, 45, 40], max_loss_rise=0.05)
+    picture = forgetting_curves(data, title="f")
+    rise, divergence, accuracy = picture.figure.axes
+    curves = [max(axes.lines, key=lambda line: line.get_linewidth()) for axes in picture.figure.axes]
+    np.testing.assert_array_equal(curves[0].get_xydata(), [[0, 0], [10, 0.02], [20, 0.06]])
+    np.testing.assert_array_equal(curves[1].get_xydata(), [[0, 0], [10, 0.01], [20, 0.03]])
+    np.testing.assert_array_equal(curves[2].get_xydata(), [[0, 50], [10, 45], [20, 40]])
+
+    def dashed(axes):
+        return [set(line.get_ydata()) for line in axes.lines if line.is_dashed()]
+
+    assert [dashed(axes) for axes in (rise, divergence, accuracy)] == [[{0.05}], [], []]
+    shown = words(picture)
+    assert [text for text in shown if "limit" in text] == ["dashed: limit 0.05"]
+    assert {"rise of the loss, nats per token", "probe accuracy, %", "bars: standard error", "step"} <= set(shown)
+
+    # By hand: 100 · √(0.4 · 0.6 / 99), and as far up as down.
+    (bars,) = accuracy.collections
+    low, high = bars.get_segments()[2][:, 1]
+    assert (40 - low, high - 40) == (pytest.approx(4.9237, abs=1e-4), pytest.approx(4.9237, abs=1e-4))
+
+
+@pytest.mark.parametrize("limit", [1e-6, 0.5, 40.0])
+def test_a_limit_is_in_sight_wherever_it_lies(limit):
+    (axes, _) = forgetting_curves(watched([0.0, -0.02], [0.0, 0.1], max_loss_rise=limit), title="f").figure.axes
+    low, high = axes.get_ylim()
+    assert low < -0.02 < limit < high
+
+
+def test_forgetting_breaks_at_what_is_not_finite_and_leaves_out_what_never_was():
+    data = watched([0.0, float("nan"), 0.02], [float("nan")] * 3, max_kl=0.1)
+    (axes,) = forgetting_curves(data, title="f").figure.axes
+    line = max(axes.lines, key=lambda line: line.get_linewidth())
+    np.testing.assert_array_equal(line.get_ydata(), [0, np.nan, 0.02])
+    with pytest.raises(InputError, match="history has no finite value: pass that of a training's record"):
+        forgetting_curves(watched([float("inf")], [float("nan")]), title="f")
+
+
+def test_a_model_that_has_not_moved_can_be_drawn():
+    assert "0" in words(forgetting_curves(watched([0.0], [0.0]), title="f"))

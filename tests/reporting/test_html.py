@@ -12,6 +12,7 @@ import pytest
 from loki.errors import InputError
 from loki.reporting import NamedSelection, ReportData, render_report, write_report
 from loki.reporting.comparison import table_row, verdict
+from loki.reporting.data import Forgetting
 from loki.reporting.statistics import SubjectProfile
 from loki.reporting.survey import LogSurvey
 from loki.results import Comparison, Measure, Result
@@ -379,6 +380,16 @@ def test_figures_are_written_as_files(make_data, tmp_path):
     assert all(path.stat().st_size > 1000 for path in written)
     assert write_report(tmp_path / "again.html", make_data()) == []
     assert (tmp_path / "again.html").read_bytes() == (tmp_path / "report.html").read_bytes()
+
+
+def test_forgetting_follows_the_training(tmp_path, make_data):
+    history = [{"step": 0, "loss_rise": 0.0, "kl": 0.0}, {"step": 10, "loss_rise": 0.02, "kl": 0.01}]
+    data = make_data(forgetting=Forgetting(history, max_kl=0.005))
+    written = write_report(tmp_path / "report.html", data, figures_dir=tmp_path / "figures")
+    assert [path.name for path in written[-4:]] == ["training.png", "training.svg", "forgetting.png", "forgetting.svg"]
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.count("figure") == 8
+    assert "was spent at step 10 by the KL divergence, and training stopped there." in page.text
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "jinja2"])

@@ -8,7 +8,7 @@ import pytest
 
 from loki.errors import ArtefactError
 from loki.log.reader import AttributionLog
-from loki.reporting.data import NamedSelection, ReportData
+from loki.reporting.data import Forgetting, NamedSelection, ReportData
 from loki.reporting.reading import read_log
 from loki.reporting.sections import make_content
 from loki.reporting.survey import LogSurvey, survey_log
@@ -225,6 +225,64 @@ def test_training_in_words():
     assert sections_of(training_log=[{"step": 3, "loss": float("nan")}])[0] == {}
 
 
+ROWS = (
+    {"step": 0, "loss_rise": 0.0, "kl": 0.0, "probe_accuracy": 45.61, "probe_standard_error": 4.69},
+    {"step": 5, "loss_rise": 0.0204, "kl": 0.012, "probe_accuracy": 44.74, "probe_standard_error": 4.68},
+    {"step": 10, "loss_rise": -0.0312, "kl": 0.06, "probe_accuracy": 42.98, "probe_standard_error": 4.66},
+)
+
+
+def forgetting_words(rows=ROWS, **limits):
+    sections, _ = sections_of(forgetting=Forgetting(rows, **limits))
+    return plain(sections["forgetting"].result)
+
+
+def test_forgetting_in_words():
+    assert forgetting_words() == (
+        "At step 10 the watched text’s loss has changed by -0.031 nats per token, and the KL divergence from the base "
+        "is 0.06; of the probe’s questions 43.0 % are answered right, 45.6 % at step 0 (standard error 4.7). "
+        "No limit was set."
+    )
+    text = forgetting_words([{name: row[name] for name in ("step", "loss_rise", "kl")} for row in ROWS[:2]])
+    assert text.startswith("At step 5 the watched text’s loss has changed by +0.02 nats per token, and the KL")
+    assert "probe" not in text
+
+
+@pytest.mark.parametrize(
+    ("limits", "verdict"),
+    [
+        ({"max_kl": 0.06}, "The budget (KL divergence 0.06) was not spent."),
+        ({"max_kl": 0.05}, "The budget (KL divergence 0.05) was spent at step 10 by the KL divergence, and training"),
+        (
+            {"max_kl": 0.05, "max_loss_rise": 0.01, "action": "lower"},
+            "was spent at step 5 by the loss rise; the learning rate was lowered 1 time.",
+        ),
+        (
+            {"max_kl": 0.01, "max_loss_rise": 0.02},
+            "(loss rise 0.02 and KL divergence 0.01) was spent at step 5 by the loss rise and KL divergence, and",
+        ),
+        (
+            {"max_kl": 0.05, "action": "lower"},
+            "was spent at step 10 by the KL divergence, the last one.",
+        ),
+    ],
+)
+def test_what_became_of_the_budget(limits, verdict):
+    assert verdict in forgetting_words(**limits)
+
+
+def test_a_record_of_a_budget_whose_model_broke():
+    """What is not finite is null in the record, and spends the budget."""
+    history = [{"step": 0, "loss_rise": 0.0, "kl": 0.0}, {"step": 5, "loss_rise": None, "kl": None}]
+    record = {"history": history, "max_loss_rise": 0.1, "max_kl": None, "action": "stop", "every": 5, "spent": True}
+    sections, _ = sections_of(forgetting=Forgetting.of_record(record))
+    assert sections["forgetting"].result.endswith(
+        "The budget (loss rise 0.1) was spent at step 5 by the loss rise, and training stopped there."
+    )
+    never = {**record, "history": history[1:]}
+    assert sections_of(forgetting=Forgetting.of_record(never))[0] == {}
+
+
 def test_order_of_the_sections(make_log):
     log, positions = make_log()
     reading = read_log(log, positions)
@@ -233,9 +291,11 @@ def test_order_of_the_sections(make_log):
         selections=reading.selections,
         stability=reading.stability,
         training_log=[{"step": 1, "loss": 1.0}],
+        forgetting=Forgetting(ROWS),
     )
     assert list(sections) == [
-        *("votes", "magnitude", "spread", "crowding", "subjects", "specific", "stability", "compared", "training")
+        *("votes", "magnitude", "spread", "crowding", "subjects", "specific", "stability", "compared", "training"),
+        "forgetting",
     ]
     assert all(section.result.endswith(".") for section in sections.values())
     assert all(section.reading.endswith(".") for section in sections.values())

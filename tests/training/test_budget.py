@@ -267,7 +267,7 @@ def test_a_budget_that_is_not_spent_lets_training_end(tmp_path, tokenizer, selec
     assert record["budget"]["history"][0] == {"step": 0, "loss_rise": 0.0, "kl": 0.0}
 
 
-def test_a_spent_budget_lowers_the_learning_rate(tmp_path, tokenizer, selection, monkeypatch):
+def test_a_spent_budget_lowers_the_learning_rate(tmp_path, tokenizer, selection, monkeypatch, caplog):
     used, step = [], torch.optim.AdamW.step
 
     def follow(optimizer, *arguments):
@@ -276,13 +276,16 @@ def test_a_spent_budget_lowers_the_learning_rate(tmp_path, tokenizer, selection,
 
     monkeypatch.setattr(torch.optim.AdamW, "step", follow)
     budget = watch(max_kl=1e-9, action="lower", factor=0.25)
-    record = train(make_model(), tokenizer, selection, EXAMPLES, SETTINGS, tmp_path / "a", budget=budget)
+    with caplog.at_level("INFO", logger="loki"):
+        record = train(make_model(), tokenizer, selection, EXAMPLES, SETTINGS, tmp_path / "a", budget=budget)
     cosine = [0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]
     # Measured after steps 2 and 4: a quarter of the schedule from step 3 on, a sixteenth from step 5 on.
     expected = [3e-2 * part * factor for part, factor in zip(cosine, [1, 1, 1 / 4, 1 / 4, 1 / 16, 1 / 16], strict=True)]
     assert [row["learning_rate"] for row in record["log"]] == pytest.approx(expected)
     assert used == pytest.approx(expected)
     assert record["budget"]["spent"] is True
+    said = [message.split("spent, ")[1] for message in caplog.messages if "budget is spent" in message]
+    assert said == [*["the learning rate is multiplied by 0.25"] * 2, "and training is at its end"]
 
 
 @pytest.mark.parametrize("options", [{"max_kl": 1e-9, "action": "lower", "factor": 0.25}, {"max_kl": 1e-9, "every": 5}])

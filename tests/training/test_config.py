@@ -35,6 +35,14 @@ def test_options_are_enough_and_come_before_the_file(write):
     assert (config.model, config.steps, config.packing, config.seed) == ("m", 9, False, 3)
 
 
+def test_epochs_and_steps_take_the_place_of_each_other(write):
+    config = load_train_config(write(LEAST), {"epochs": 1.5})
+    assert (config.steps, config.epochs) == (None, 1.5)
+    assert (config.settings().steps, config.settings().epochs) == (None, 1.5)
+    config = load_train_config(write(LEAST.replace("steps: 4", "epochs: 2")), {"steps": 3, "epochs": None})
+    assert (config.steps, config.epochs) == (3, None)
+
+
 def test_all_settings_of_the_library_can_be_given():
     """And those that are not given have the library's values."""
     config = TrainConfig(model="m", positions="p", output_dir="o", learning_rate=1.0, steps=1)
@@ -70,6 +78,9 @@ def test_a_budget_is_made_of_its_section(write, tmp_path):
         (LEAST + "budget: {limit: 1}\n", {}, r"train.yaml: budget.limit: extra inputs are not permitted, got 1"),
         (LEAST + "budget: {action: panic}\n", {}, "budget.action: input should be 'stop' or 'lower', got 'panic'"),
         (LEAST + "batch_size: 0\n", {}, "batch size 0 is not possible"),
+        (LEAST.replace("steps: 4", ""), {}, r"steps is missing: give steps .*, or epochs"),
+        (LEAST + "epochs: 2\n", {}, "steps 4 and epochs 2 are both given: leave one of them out"),
+        (LEAST, {"steps": 4, "epochs": 2.0}, "steps 4 and epochs 2 are both given"),
         ("- a\n", {}, "must hold settings by name"),
         ("a: [1", {}, "is not YAML"),
     ],

@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -36,10 +37,10 @@ def selection(positions):
     return RowSelection.from_lists(positions)
 
 
-def interrupt(items, what):
-    """Progress that ends before the last of six steps."""
+def interrupt(items, what, at=5):
+    """Progress that ends as the step of that number does, before it is logged."""
     for item in items:
-        if item == 5:
+        if item == at:
             raise KeyboardInterrupt
         yield item
 
@@ -102,6 +103,25 @@ def test_interrupted_training_goes_on_and_ends_equal(tmp_path, tokenizer, select
     record = train(make_model(), tokenizer, selection, EXAMPLES, SETTINGS, tmp_path / "parts", track=follow)
     assert done == [4, 5]
     assert [row["step"] for row in record["log"]] == [1, 2, 3, 4, 5, 6]
+    assert record["train_loss"] == pytest.approx(load_record(tmp_path / "whole")["train_loss"], rel=1e-6)
+    for name, delta in deltas(tmp_path / "whole").items():
+        assert torch.equal(delta, deltas(tmp_path / "parts")[name]), name
+
+
+@pytest.mark.parametrize("length", [{"steps": 6}, {"steps": None, "epochs": 1.5}, {"steps": None, "epochs": 1}])
+def test_a_training_that_was_killed_after_its_last_step_ends_there(tmp_path, tokenizer, selection, monkeypatch, length):
+    settings = replace(SETTINGS, **length)
+    expected = train(make_model(), tokenizer, selection, EXAMPLES, settings, tmp_path / "whole")
+
+    def die(_directory):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "new_directory", die)
+        with pytest.raises(KeyboardInterrupt):
+            train(make_model(), tokenizer, selection, EXAMPLES, settings, tmp_path / "parts")
+    found = train(make_model(), tokenizer, selection, EXAMPLES, settings, tmp_path / "parts")
+    assert found == {**expected, "train_loss": pytest.approx(expected["train_loss"], rel=1e-6)}
     for name, delta in deltas(tmp_path / "whole").items():
         assert torch.equal(delta, deltas(tmp_path / "parts")[name]), name
 
@@ -188,6 +208,44 @@ def test_a_change_of_low_rank_is_trained(tmp_path, tokenizer, selection):
     assert (config["r"], config["lora_alpha"]) == (2, 6)
 
 
+@pytest.mark.parametrize(
+    ("changes", "num_steps"),
+    [
+        ({"epochs": 2}, 8),  # 7 examples are 4 batches of 2
+        ({"epochs": 2.5}, 10),
+        ({"epochs": 0.1}, 1),
+        ({"epochs": 3, "accumulate": 3}, 6),  # 3 and 1 batches a step
+        ({"epochs": 2, "packing": True, "max_length": 50, "batch_size": 1}, 6),  # 3 packs of 7 examples
+    ],
+)
+def test_epochs_are_passes_over_the_examples_or_their_packs(tmp_path, tokenizer, selection, changes, num_steps):
+    settings = replace(SETTINGS, **{"steps": None, **changes})
+    record = train(make_model(), tokenizer, selection, EXAMPLES, settings, tmp_path / "adapter")
+    assert record["num_steps"] == num_steps
+    assert [row["step"] for row in record["log"]] == list(range(1, num_steps + 1))
+
+
+def test_epochs_train_as_as_many_steps_do(tmp_path, tokenizer, selection):
+    """The learning rate's schedule too ends with the last of them."""
+    for name, length in (("steps", {"steps": 6}), ("epochs", {"steps": None, "epochs": 1.5})):
+        train(make_model(), tokenizer, selection, EXAMPLES, replace(SETTINGS, **length), tmp_path / name)
+    logs = [load_record(tmp_path / name)["log"] for name in ("steps", "epochs")]
+    assert logs[0] == logs[1]
+    assert all(
+        torch.equal(delta, deltas(tmp_path / "epochs")[name]) for name, delta in deltas(tmp_path / "steps").items()
+    )
+
+
+def test_interrupted_epochs_go_on_and_end_equal(tmp_path, tokenizer, selection):
+    settings = replace(SETTINGS, steps=None, epochs=1.5)
+    train(make_model(), tokenizer, selection, EXAMPLES, settings, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(make_model(), tokenizer, selection, EXAMPLES, settings, tmp_path / "parts", track=interrupt)
+    train(make_model(), tokenizer, selection, EXAMPLES, settings, tmp_path / "parts")
+    for name, delta in deltas(tmp_path / "whole").items():
+        assert torch.equal(delta, deltas(tmp_path / "parts")[name]), name
+
+
 def packed_loss(model, sequences):
     """Mean over the labelled tokens of examples that are run one by one, and how many there are."""
     losses = []
@@ -271,6 +329,22 @@ def test_tensorboard_has_losses_and_forgetting(tmp_path, tokenizer, selection):
     assert [step for step, _ in found["train/forgetting/kl"]] == [0, 2, 4, 6]
 
 
+def test_tensorboard_shows_each_step_once_after_an_interruption(tmp_path, tokenizer, selection):
+    """The fifth step is taken twice: before the interruption, and again from the checkpoint of the fourth."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = replace(SETTINGS, report_to="tensorboard", steps=8)
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            make_model(), tokenizer, selection, EXAMPLES, settings, tmp_path / "adapter", track=partial(interrupt, at=6)
+        )
+    events = EventAccumulator(str(tmp_path / "adapter.unfinished/tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")][-1] == 5
+    train(make_model(), tokenizer, selection, EXAMPLES, settings, tmp_path / "adapter")
+    events = EventAccumulator(str(tmp_path / "adapter/tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
 def test_tensorboard_that_is_missing_is_told_before_anything_starts(tmp_path, tokenizer, selection, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     settings = replace(SETTINGS, report_to="tensorboard")
@@ -290,6 +364,11 @@ def test_tensorboard_that_is_missing_is_told_before_anything_starts(tmp_path, to
         ({"learning_rate": float("nan")}, "learning rate nan is not possible"),
         ({"learning_rate": 0}, "learning rate 0 is not possible"),
         ({"steps": 0}, "steps 0 is not possible"),
+        ({"steps": None}, r"steps is missing: give steps \(of the optimiser\), or epochs \(passes over the examples\)"),
+        ({"epochs": 2.0}, "steps 1 and epochs 2 are both given: leave one of them out"),
+        ({"steps": None, "epochs": 0}, "epochs 0 is not possible: give a number above 0"),
+        ({"steps": None, "epochs": float("nan")}, "epochs nan is not possible"),
+        ({"steps": None, "epochs": float("inf")}, "epochs inf is not possible"),
     ],
 )
 def test_impossible_settings_are_refused(changes, message):

@@ -25,6 +25,7 @@ from loki.cli.report import report
 from loki.cli.restore_model import restore_model
 from loki.cli.run import run as run_command
 from loki.cli.select_nodes import select_nodes
+from loki.cli.study import study
 from loki.cli.suppress import suppress
 from loki.cli.train import train
 from loki.errors import LokiError
@@ -52,6 +53,7 @@ app.command()(restore_model)
 app.command()(export_lora)
 app.command()(suppress)
 app.command()(evaluate)
+app.command()(study)
 app.command()(report)
 app.command()(info)
 

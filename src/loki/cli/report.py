@@ -1,4 +1,4 @@
-"""`loki report`: pictures of a run or of an attribution log."""
+"""`loki report`: pictures of a run, of an attribution log, or of a study."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ import typer
 
 
 def report(
-    path: Annotated[Path, typer.Argument(help="Directory of a finished `loki run`, or an attribution log.")],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="Directory of a finished `loki run`, an attribution log, or the study.json of a `loki study`."
+        ),
+    ],
     positions: Annotated[
         list[Path] | None,
         typer.Option(help="Positions file; the first is drawn over the maps of a log, and all are compared with it."),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="The page; report.html in a run directory, kva.report.html beside a log kva.h5."),
+        typer.Option(help="The page; report.html in a run directory, kva.report.html beside a file kva.h5."),
     ] = None,
     figures: Annotated[Path | None, typer.Option(help="Write each figure as PNG and SVG into this folder too.")] = None,
     stability: Annotated[

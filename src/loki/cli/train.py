@@ -34,6 +34,9 @@ def train(
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="In place of steps: passes over the examples, such as 1 or 2.5.")
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_NEW_TOKENS = 48
+NamedArguments = tuple[str, Mapping[str, object]]
+"""A call as it was read: the function's name, and its arguments by name."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,11 @@ class Reply:
     right: bool
 
 
-def parse_calls(text: str) -> tuple[Call, ...] | None:
-    """Calls of a reply such as `[f(a="x", b=3), g()]`, or None if it is anything else.
+def read_calls(text: str) -> tuple[NamedArguments, ...] | None:
+    """Name and arguments of each call of a reply such as `[f(a="x", b=[1, 2]), g()]`, or None if it is anything else.
 
-    Arguments must be given by name, as literals. Nothing is executed.
+    Arguments must be given by name, as literals: texts, numbers, True, False, None, and lists, tuples and
+    dictionaries of them. Nothing is executed.
     """
     try:
         with warnings.catch_warnings():
@@ -41,8 +44,25 @@ def parse_calls(text: str) -> tuple[Call, ...] | None:
         return None
     if not isinstance(tree.body, ast.List):
         return None
-    calls = tuple(_parse_call(node) for node in tree.body.elts)
+    calls = tuple(_read_call(node) for node in tree.body.elts)
     return None if None in calls else tuple(call for call in calls if call is not None)
+
+
+def parse_calls(text: str) -> tuple[Call, ...] | None:
+    """Calls of a reply such as `[f(a="x", b=3), g()]`, or None if it is anything else.
+
+    Arguments must be given by name, as single literals. Nothing is executed.
+    """
+    found = read_calls(text)
+    if found is None:
+        return None
+    calls = []
+    for name, values in found:
+        arguments = {argument: value for argument, value in values.items() if isinstance(value, Value)}
+        if len(arguments) < len(values):
+            return None
+        calls.append(Call(name, arguments))
+    return tuple(calls)
 
 
 def same_calls(found: Sequence[Call] | None, expected: Sequence[Call]) -> bool:
@@ -69,12 +89,36 @@ def answer_requests(
     batch_size: int = 16,
     track: Track = silent,
 ) -> list[Reply]:
-    """Greedy replies to every request, longest prompts first so that padding is small; in the examples' order."""
+    """Greedy replies to every request, in the examples' order."""
+    texts = generate_replies(
+        model,
+        tokenizer,
+        [example.messages for example in examples],
+        batch_size=batch_size,
+        max_new_tokens=MAX_NEW_TOKENS,
+        track=track,
+    )
+    return [
+        Reply(example, text, same_calls(parse_calls(text), example.calls))
+        for example, text in zip(examples, texts, strict=True)
+    ]
+
+
+def generate_replies(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[Mapping[str, str]]],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    track: Track = silent,
+) -> list[str]:
+    """Greedy reply to each conversation, longest prompts first so that padding is small; in the given order."""
     import torch
 
-    texts = [render_chat(tokenizer, example.messages) for example in examples]
+    texts = [render_chat(tokenizer, messages) for messages in conversations]
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]), reverse=True)
-    replies: dict[int, Reply] = {}
+    replies: dict[int, str] = {}
     for start in track(range(0, len(order), batch_size), "answering"):
         batch = order[start : start + batch_size]
         inputs = tokenizer(
@@ -88,32 +132,41 @@ def answer_requests(
             generated = model.generate(
                 input_ids=inputs.input_ids,
                 attention_mask=inputs.attention_mask,
-                max_new_tokens=MAX_NEW_TOKENS,
+                max_new_tokens=max_new_tokens,
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=tokenizer.eos_token_id,
             )
         new_tokens = generated[:, inputs.input_ids.shape[1] :]
         for index, text in zip(batch, tokenizer.batch_decode(new_tokens, skip_special_tokens=True), strict=True):
-            right = same_calls(parse_calls(text), examples[index].calls)
-            replies[index] = Reply(examples[index], text.strip(), right)
-    return [replies[index] for index in range(len(examples))]
+            replies[index] = text.strip()
+    return [replies[index] for index in range(len(texts))]
 
 
-def _parse_call(node: ast.expr) -> Call | None:
+def _read_call(node: ast.expr) -> NamedArguments | None:
     if not isinstance(node, ast.Call) or node.args:
         return None
-    arguments: dict[str, Value] = {}
+    arguments: dict[str, object] = {}
     for keyword in node.keywords:
         try:
             value = ast.literal_eval(keyword.value)
+            plain = _is_plain(value)
         except (ValueError, TypeError, MemoryError, RecursionError):
             return None
-        if keyword.arg is None or keyword.arg in arguments or not isinstance(value, str | int | float | bool):
+        if keyword.arg is None or keyword.arg in arguments or not plain:
             return None
         arguments[keyword.arg] = value
     name = _dotted_name(node.func)
-    return None if name is None else Call(name, arguments)
+    return None if name is None else (name, arguments)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is made of what JSON knows and tuples: no bytes, complex numbers, sets or `...`."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(inner) for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int | float)
 
 
 def _dotted_name(node: ast.expr) -> str | None:

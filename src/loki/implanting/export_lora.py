@@ -28,9 +28,10 @@ from loki.implanting.merge import (
     FACTOR_A,
     FACTOR_B,
     RowChange,
+    find_changed,
     load_row_changes,
 )
-from loki.implanting.stored_rows import StoredProjection, find_projection
+from loki.implanting.stored_rows import StoredProjection
 from loki.provenance import new_directory, read_json, require_new_directory
 
 
@@ -94,18 +95,7 @@ def export_lora(adapter: Path, output: Path, *, model: str | None = None) -> Lor
 
 
 def _projection(name: str, change: RowChange, source: Checkpoint, adapter: Path, base: str) -> StoredProjection:
-    projection = find_projection(source.tensors, name, str(source.config().get("model_type")))
-    if projection is None:
-        raise ArtefactError(
-            f"adapter {adapter} changes {name}, which model {base!r} does not have: "
-            "give --model the model it was trained on"
-        )
-    if change.rows[-1] >= projection.num_rows or change.num_columns != projection.num_columns:
-        raise ArtefactError(
-            f"adapter {adapter} does not fit {projection.weight.name} "
-            f"({projection.num_rows} × {projection.num_columns}) of model {base!r}: "
-            "give --model the model it was trained on"
-        )
+    projection = find_changed(name, change, source, adapter, base)
     if change.has_bias:
         raise ArtefactError(
             f"adapter {adapter} changes biases of {name}, which a LoRA adapter cannot: merge it with `loki merge`"

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from loki.errors import ArtefactError
 from loki.implanting.checkpoint import (
+    Checkpoint,
     NewTensor,
     StoredTensor,
     copy_companions,
@@ -29,7 +30,7 @@ from loki.implanting.checkpoint import (
     unchanged,
     with_dtype,
 )
-from loki.implanting.stored_rows import Replace, find_projection, layer_number, replace_rows
+from loki.implanting.stored_rows import Replace, StoredProjection, find_projection, layer_number, replace_rows
 from loki.progress import Track, silent
 from loki.provenance import new_directory, read_json, require_new_directory, write_json
 from loki.rows import RowSelection, named_for
@@ -173,6 +174,28 @@ def _rows_by_name(names: Sequence[str], positions: Any, adapter: Path) -> dict[s
     return rows
 
 
+def find_changed(module: str, change: RowChange, source: Checkpoint, adapter: Path, base: str) -> StoredProjection:
+    """The tensors of a base that a module's change belongs to.
+
+    Raises:
+        ArtefactError: the base has none, or of another shape.
+    """
+    projection = find_projection(source.tensors, module, str(source.config().get("model_type")))
+    if projection is None or (change.has_bias and projection.bias is None):
+        missing = f"{module}.weight" if projection is None else f"{module}.bias"
+        raise ArtefactError(
+            f"adapter {adapter} changes {missing}, which model {base!r} does not have: "
+            "give --model the model it was trained on"
+        )
+    if change.rows[-1] >= projection.num_rows or change.num_columns != projection.num_columns:
+        raise ArtefactError(
+            f"adapter {adapter} does not fit {projection.weight.name} "
+            f"({projection.num_rows} × {projection.num_columns}) of model {base!r}: "
+            "give --model the model it was trained on"
+        )
+    return projection
+
+
 def merge(
     base: str, adapter: Path, output: Path, *, dtype: torch.dtype | None = None, track: Track = silent
 ) -> MergeReport:
@@ -187,22 +210,9 @@ def merge(
     """
     require_new_directory(output)
     source = open_checkpoint(find_folder(base))
-    config = source.config()
     merging = _Merging(dtype)
     for module, change in load_row_changes(adapter).items():
-        projection = find_projection(source.tensors, module, str(config.get("model_type")))
-        if projection is None or (change.has_bias and projection.bias is None):
-            missing = f"{module}.weight" if projection is None else f"{module}.bias"
-            raise ArtefactError(
-                f"adapter {adapter} changes {missing}, which model {base!r} does not have: "
-                "merge it with the model it was trained on"
-            )
-        if change.rows[-1] >= projection.num_rows or change.num_columns != projection.num_columns:
-            raise ArtefactError(
-                f"adapter {adapter} does not fit {projection.weight.name} "
-                f"({projection.num_rows} × {projection.num_columns}) of model {base!r}: "
-                "merge it with the model it was trained on"
-            )
+        projection = find_changed(module, change, source, adapter, base)
         _require_finite(change, module, adapter)
         merging.add(projection.weight, change.rows, change.delta, is_transposed=projection.is_transposed)
         if change.has_bias and projection.bias is not None:
@@ -210,7 +220,7 @@ def merge(
     with new_directory(output) as directory:
         copy_companions(source.folder, directory)
         if dtype is not None:
-            write_json(directory / "config.json", with_dtype(config, dtype))
+            write_json(directory / "config.json", with_dtype(source.config(), dtype))
         rewrite(source, directory, merging.write, track=track)
     return merging.report()
 

@@ -1,4 +1,4 @@
-"""The report's charts: attribution by layer, crowding, stability, training.
+"""The report's charts: attribution by layer, crowding, stability, training, forgetting.
 
 Shapes: L layers, D rows (hidden size), K selected rows, B bins.
 """
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from loki.errors import InputError
+from loki.reporting.data import Forgetting
 from loki.reporting.drawing import (
     ACCENT,
     HIGH,
@@ -30,6 +31,12 @@ from loki.reporting.numbers import format_number, power_of_ten, round_down, shor
 from loki.reporting.statistics import histogram_of_shares, layer_histograms, layer_shares, symmetric_log
 
 NUM_BINS = 80
+MEASURES = {
+    "loss_rise": "rise of the loss, nats per token",
+    "kl": "KL divergence from the base, nats per token",
+    "probe_accuracy": "probe accuracy, %",
+}
+"""What a forgetting budget measures, in the words of its figure."""
 RIDGE_OVERLAP = 2.6
 """A layer's highest ridge, in distances between layers."""
 
@@ -186,6 +193,55 @@ def training_curve(log: Sequence[Mapping[str, float]], *, title: str) -> Picture
         ticks = [0.0, round_down(top)] if top > 0 else [0.0]
         right.set_yticks(ticks, [format_number(tick) for tick in ticks])
         put_text(figure, WIDTH - 4, 12, "learning rate (thin)", ha="right", alpha=0.8)
+    return Picture(figure, height, title)
+
+
+def measured(forgetting: Forgetting) -> list[str]:
+    """The measures that were finite at least once."""
+    return [name for name in MEASURES if np.isfinite(series(forgetting.history, name)[1]).any()]
+
+
+def forgetting_curves(forgetting: Forgetting, *, title: str) -> Picture:
+    """Loss rise, KL divergence and probe accuracy against the step, one panel each; limits are dashed lines.
+
+    Measures without a finite value are left out; elsewhere, a value that is not finite breaks the line. Bars at the
+    probe's accuracy are one standard error.
+
+    Raises:
+        InputError: nothing finite was measured; matplotlib is missing.
+    """
+    drawn = measured(forgetting)
+    if not drawn:
+        raise InputError("the forgetting budget's history has no finite value: pass that of a training's record")
+    left, width, panel, gap = 68.0, WIDTH - 86.0, 84.0, 40.0
+    height = len(drawn) * (panel + gap) + 32
+    figure = new_figure(height)
+    last = max(float(row["step"]) for row in forgetting.history)
+    for place, name in enumerate(drawn):
+        top = 30 + place * (panel + gap)
+        axes = new_axes(figure, (left, top, width, panel))
+        axes.spines[["left", "bottom"]].set_visible(True)
+        steps, values = series(forgetting.history, name)
+        put_text(figure, 4, top - 14, MEASURES[name], color=ACCENT)
+        if name == "probe_accuracy":
+            errors = series(forgetting.history, "probe_standard_error")[1]
+            axes.errorbar(steps, values, errors, color=ACCENT, linewidth=0, elinewidth=0.9, alpha=0.7)
+            put_text(figure, WIDTH - 18, top - 14, "bars: standard error", ha="right", alpha=0.8)
+        else:
+            axes.axhline(0, color=INK, linewidth=0.5, alpha=0.5)
+        limit = forgetting.limits.get(name)
+        if limit is not None:
+            axes.axhline(limit, color=INK, linewidth=0.9, linestyle=(0, (3, 2)))
+            put_text(figure, WIDTH - 18, top - 14, f"dashed: limit {format_number(limit)}", ha="right", alpha=0.8)
+        axes.plot(steps, values, color=ACCENT, linewidth=1.7, marker="o", markersize=3.2 if len(steps) <= 40 else 0.0)
+        axes.margins(y=0.08)
+        axes.set_xlim(-0.02 * last, 1.02 * last or 1.0)
+        axes.xaxis.set_major_locator(nice_ticks(5, integer=True))
+        axes.yaxis.set_major_locator(nice_ticks(3))
+        axes.yaxis.set_major_formatter(lambda value, _position: format_number(value))
+        if name != drawn[-1]:
+            axes.tick_params(labelbottom=False)
+    put_text(figure, left + width, height - 6, "step", ha="right")
     return Picture(figure, height, title)
 
 

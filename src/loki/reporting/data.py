@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from loki.reporting.content import Section
 from loki.reporting.survey import LogSurvey
 from loki.results import Result
 from loki.rows import RowSelection
@@ -20,6 +22,37 @@ class NamedSelection:
     rows: RowSelection
     how: str = ""
     """Strategy and quota, where they are known: `layer_balanced, 10 %`."""
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """What a forgetting budget measured during a training; see `loki.training.budget`."""
+
+    history: Sequence[Mapping[str, float]]
+    """Rows of `step`, `loss_rise`, `kl` (nats per token) and, where they were asked for, `probe_accuracy` and
+    `probe_standard_error` (percent); NaN is what was not finite."""
+    max_loss_rise: float | None = None
+    max_kl: float | None = None
+    action: str = "stop"
+    """What was done above a limit: `stop`, or `lower` the learning rate."""
+
+    @classmethod
+    def of_record(cls, budget: Mapping[str, Any]) -> Forgetting:
+        """As a training's record has it."""
+        history = [
+            {name: math.nan if value is None else value for name, value in row.items()} for row in budget["history"]
+        ]
+        return cls(history, budget["max_loss_rise"], budget["max_kl"], budget["action"])
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The limits that were set, by the measure's name."""
+        limits = {"loss_rise": self.max_loss_rise, "kl": self.max_kl}
+        return {name: limit for name, limit in limits.items() if limit is not None}
+
+    def exceeded(self, row: Mapping[str, float]) -> list[str]:
+        """The measures that are above their limits in a row; what is not finite is."""
+        return [name for name, limit in self.limits.items() if not row[name] <= limit]
 
 
 @dataclass(frozen=True)
@@ -39,6 +72,10 @@ class ReportData:
     """Of the first selection."""
     training_log: Sequence[Mapping[str, float]] = ()
     """The trainer's log history: rows such as `{"step": 5, "loss": 1.2, "learning_rate": 0.001}`."""
+    forgetting: Forgetting | None = None
+    """What the training was watched by, if it was."""
+    sections: Sequence[Section] = ()
+    """Sections made elsewhere, after all others."""
     provenance: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Settings by the artefact that they made, beside those of the summary."""
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from loki.reporting import charts, subject_sections
 from loki.reporting.content import Content, Section, Table
-from loki.reporting.data import ReportData
+from loki.reporting.data import Forgetting, ReportData
 from loki.reporting.interactive import rows_data, subjects_data
 from loki.reporting.map_sections import crowding_section, magnitude_section, signed_section
 from loki.reporting.numbers import NBSP, format_number, percent, plural
@@ -61,7 +61,9 @@ def make_content(data: ReportData) -> Content:
             sections.append(_compared(data))
     if np.isfinite(charts.series(data.training_log, "loss")[1]).any():
         sections.append(_training(data))
-    return Content(tuple(sections), tuple(glance), script_data)
+    if data.forgetting is not None and charts.measured(data.forgetting):
+        sections.append(_forgetting(data.forgetting))
+    return Content((*sections, *data.sections), tuple(glance), script_data)
 
 
 def _spread(survey: LogSurvey) -> Section:
@@ -153,3 +155,53 @@ def _training(data: ReportData) -> Section:
         reading += " The thin line is the learning rate (right axis)."
     picture = charts.training_curve(log, title=f"Training curve over {len(steps)} logged steps")
     return Section("training", "Training", result, reading, {"training": picture})
+
+
+def _forgetting(forgetting: Forgetting) -> Section:
+    first, last = forgetting.history[0], forgetting.history[-1]
+    rise = f"{'+' if last['loss_rise'] > 0 else ''}{format_number(last['loss_rise'], 2)}"
+    result = (
+        f"At step {format_number(last['step'])} the watched text’s loss has changed by {rise} nats per token, and the "
+        f"KL divergence from the base is {format_number(last['kl'], 2)}"
+    )
+    reading = (
+        "All is measured against the model before training: the change of the mean loss over the tokens of a text, and "
+        "the mean KL divergence of the predictions there, which also sees what the loss averages away."
+    )
+    if "probe_accuracy" in last:
+        before, after = (f"{row['probe_accuracy']:.1f}" for row in (first, last))
+        result += (
+            f"; of the probe’s questions {after}{NBSP}% are answered right, {before}{NBSP}% at step "
+            f"{format_number(first['step'])} (standard error {last['probe_standard_error']:.1f})"
+        )
+        reading += (
+            " The probe’s questions are the same each time, so a change of its accuracy is usually surer than the "
+            "standard errors of the two values make it look."
+        )
+    picture = charts.forgetting_curves(forgetting, title=f"Forgetting over {len(forgetting.history)} measurements")
+    return Section(
+        "forgetting",
+        "Forgetting during training",
+        f"{result}. {_verdict(forgetting)}",
+        reading,
+        {"forgetting": picture},
+    )
+
+
+def _verdict(forgetting: Forgetting) -> str:
+    """What became of the budget, in one sentence."""
+    names = {"loss_rise": "loss rise", "kl": "KL divergence"}
+    given = " and ".join(f"{names[name]} {format_number(limit)}" for name, limit in forgetting.limits.items())
+    if not given:
+        return "No limit was set."
+    # The first row is the model before training, and nothing is done about it.
+    spent = [row for row in forgetting.history[1:] if forgetting.exceeded(row)]
+    if not spent:
+        return f"The budget ({given}) was not spent."
+    passed = " and ".join(names[name] for name in forgetting.exceeded(spent[0]))
+    words = f"The budget ({given}) was spent at step {format_number(spent[0]['step'])} by the {passed}"
+    if forgetting.action == "stop":
+        return f"{words}, and training stopped there."
+    # Nothing is left to lower after the last step.
+    times = sum(row is not forgetting.history[-1] for row in spent)
+    return f"{words}; the learning rate was lowered {plural(times, 'time')}." if times else f"{words}, the last one."

@@ -154,63 +154,40 @@ class ForgettingBudget(TrainerCallback):
         rows = [row for row in log_history if "loss_rise" in row]
         return [{name: row[name] for name in FIELDS if name in row} for row in rows]
 
-    def on_init_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel | None = None,
-        processing_class: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the predictions of a model that is trained as a whole, while it still is its own base."""
-        assert model is not None
-        self._prepare(args, model, processing_class)
+        self._prepare(args, **kwargs)
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel | None = None,
-        processing_class: Any = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Measure the start, or take up the history of an interrupted training."""
-        assert model is not None
-        if not self._windows and state.global_step > 0 and not _has_adapter(model):
+        if not self._windows and state.global_step > 0 and not _has_adapter(kwargs["model"]):
             raise InputError(
                 "the forgetting budget needs the base's predictions, and this training goes on from a checkpoint: "
                 "pass the budget in Trainer(callbacks=[…])"
             )
-        self._prepare(args, model, processing_class)
+        self._prepare(args, **kwargs)
         self.history = self.rows_of(state.log_history)
         if not self.history:
-            self._record(args, state, model)
+            self._record(args, state, kwargs["model"])
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel | None = None,
-        optimizer: Any = None,
-        lr_scheduler: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure where it is time, and act where the budget is spent."""
-        assert model is not None
         if state.global_step % self.every and state.global_step < state.max_steps:
             return
-        row = self._record(args, state, model)
+        row = self._record(args, state, kwargs["model"])
         if not self.spent(row):
             return
         if self.action == "stop":
             control.should_training_stop = True
+            done = "training stops"
         elif state.global_step < state.max_steps:
-            lower_learning_rate(optimizer, lr_scheduler, self.factor)
+            lower_learning_rate(kwargs["optimizer"], kwargs["lr_scheduler"], self.factor)
+            done = f"the learning rate is multiplied by {self.factor}"
+        else:
+            done = "and training is at its end"
         if state.is_world_process_zero:
-            done = "training stops" if self.action == "stop" else f"the learning rate is multiplied by {self.factor}"
             logger.info(f"step {state.global_step}: the forgetting budget is spent, {done}")
 
     def _measure(self, model: PreTrainedModel) -> Row:
@@ -224,7 +201,9 @@ class ForgettingBudget(TrainerCallback):
             row |= {"probe_accuracy": accuracy.value, "probe_standard_error": accuracy.standard_error}
         return row
 
-    def _prepare(self, args: TrainingArguments, model: PreTrainedModel, processing_class: Any) -> None:
+    def _prepare(
+        self, args: TrainingArguments, model: PreTrainedModel, processing_class: Any = None, **_others: Any
+    ) -> None:
         if self._windows:
             return
         self.tokenizer = self.tokenizer or processing_class
@@ -371,6 +350,10 @@ def _measuring(model: PreTrainedModel, args: TrainingArguments) -> Iterator[None
     was_training = model.training
     dtype, device = torch.float16 if args.fp16 else torch.bfloat16, _device(model).type
     model.eval()
+    for module in model.modules():
+        # In evaluation bitsandbytes lays 4-bit weights out anew for some CPUs, and gradients are wrong ever after.
+        if type(module).__name__ == "Linear4bit":
+            module.train()
     try:
         with torch.no_grad(), torch.autocast(device, dtype=dtype, enabled=bool(args.bf16 or args.fp16)):
             yield

@@ -16,6 +16,9 @@ from loki.training.settings import AnswersName, ReporterName, TrainSettings
 if TYPE_CHECKING:
     from loki.training.budget import ForgettingBudget
 
+LENGTHS = {"steps", "epochs"}
+"""Two ways to say how long to train: an option of the one comes before the other in the file."""
+
 
 class BudgetSection(BaseModel):
     """A forgetting budget, as `loki.training.budget.ForgettingBudget` describes it."""
@@ -51,7 +54,8 @@ class TrainConfig(BaseModel):
     positions: Path
     output_dir: Path
     learning_rate: float
-    steps: int
+    steps: int | None = None
+    epochs: float | None = None
     data: str = "function-calls"
     examples: int | None = Field(default=None, ge=1)
     answers: AnswersName = "auto"
@@ -93,6 +97,8 @@ def load_train_config(path: Path | None, options: Mapping[str, Any]) -> TrainCon
     """
     values = {} if path is None else read_settings(path)
     given = {name: value for name, value in options.items() if value is not None}
+    if len(LENGTHS & given.keys()) == 1:
+        values = {name: value for name, value in values.items() if name not in LENGTHS}
     try:
         config = TrainConfig.model_validate({**values, **given})
     except ValidationError as error:

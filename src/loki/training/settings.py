@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,8 +18,10 @@ class TrainSettings:
 
     learning_rate: float
     """Peak learning rate at a quota of 10 %; see `scale_learning_rate`."""
-    steps: int
-    """Optimiser steps."""
+    steps: int | None = None
+    """Optimiser steps; this or `epochs`."""
+    epochs: float | None = None
+    """Passes over the examples, or with `packing` over the packs of them."""
     batch_size: int = 4
     """Examples, or with `packing` packs of them, per process and step, before accumulation."""
     accumulate: int = 1
@@ -48,9 +51,16 @@ class TrainSettings:
     def __post_init__(self) -> None:
         if not self.learning_rate > 0:
             raise InputError(f"learning rate {self.learning_rate} is not possible: give one above 0")
+        if self.steps is None and self.epochs is None:
+            raise InputError("steps is missing: give steps (of the optimiser), or epochs (passes over the examples)")
+        if self.steps is not None and self.epochs is not None:
+            raise InputError(f"steps {self.steps} and epochs {self.epochs:g} are both given: leave one of them out")
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise InputError(f"epochs {self.epochs} is not possible: give a number above 0")
         for name in ("steps", "batch_size", "accumulate", "save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name.replace('_', ' ')} {getattr(self, name)} is not possible: give 1 or more")
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise InputError(f"{name.replace('_', ' ')} {count} is not possible: give 1 or more")
         for name in ("warmup_steps", "weight_decay", "rank"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name.replace('_', ' ')} {getattr(self, name)} is not possible: give 0 or more")

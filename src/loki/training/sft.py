@@ -32,8 +32,8 @@ from loki.training.packing import require_kept_apart
 from loki.training.settings import TrainSettings
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
     from trl import SFTConfig
 
     from loki.training.budget import ForgettingBudget
@@ -69,7 +69,9 @@ def train(
         ArtefactError: positions of another model, or an unfinished training of other settings in the way.
         OutputError: `output` cannot be written.
     """
-    from transformers.trainer_callback import TrainerState
+    from transformers import TrainerState
+
+    from loki.training.callbacks import ShowProgress
 
     shape = shape_of(model)
     selection.require_fit(num_layers=shape.num_layers, num_rows=shape.num_rows)
@@ -80,7 +82,7 @@ def train(
         require_kept_apart(model)
     summary_writer = _summary_writer() if settings.report_to == "tensorboard" else None
     unfinished = output.with_name(output.name + UNFINISHED)
-    args = _arguments(settings, unfinished, peak, on_cpu=model.device.type == "cpu")
+    args = trainer_arguments(settings, unfinished, peak, on_cpu=model.device.type == "cpu")
     identity = {
         "model": fingerprint_model(model).as_dict(),
         "positions": digest(selection.as_lists()),
@@ -93,26 +95,43 @@ def train(
             require_new_directory(output)
             _open_unfinished(unfinished, identity)
         checkpoint = _last_whole_checkpoint(unfinished, remove_torn=args.process_index == 0)
-    trainer = _trainer(model, tokenizer, selection, encoded, settings, args, budget, track)
+    shown = ShowProgress(track if args.process_index == 0 else silent)
+    trainer = make_trainer(
+        model,
+        tokenizer,
+        encoded,
+        args,
+        peft_config=LokiConfig(
+            positions=selection, r=settings.rank, lora_alpha=settings.lora_alpha, task_type="CAUSAL_LM"
+        ),
+        callbacks=[shown] if budget is None else [budget, shown],
+    )
+    stopped = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+    num_done = 0 if stopped is None else stopped.global_step
     if summary_writer is not None and args.process_index == 0:
         from transformers.integrations import TensorBoardCallback
 
-        trainer.add_callback(TensorBoardCallback(summary_writer(log_dir=str(unfinished / TENSORBOARD_DIR))))
+        # Steps after the checkpoint are written again; readers pass over what stands there already.
+        writer = summary_writer(log_dir=str(unfinished / TENSORBOARD_DIR), purge_step=num_done + 1)
+        trainer.add_callback(TensorBoardCallback(writer))
         if budget is not None:
             budget.report_through(trainer)
-    stopped = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / STATE_FILE))
     try:
-        if stopped is not None and budget is not None and budget.has_stopped(stopped.log_history):
-            # The budget ended this training, and it was killed before the adapter was saved.
-            assert checkpoint is not None
+        if checkpoint is not None and stopped is not None and _is_over(stopped, budget):
+            # It was killed before the adapter was saved; the Trainer would take one more step.
             _load_adapter(trainer.model, checkpoint)
-            log_history = stopped.log_history
-            budget.history = budget.rows_of(log_history)
-            losses = [row["loss"] for row in log_history if "loss" in row]
-            train_loss = sum(losses) / max(1, len(losses))
+            log_history, num_steps = stopped.log_history, num_done
+            if budget is not None:
+                budget.history = budget.rows_of(log_history)
+            train_loss = _mean_loss(log_history)
         else:
-            train_loss = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).training_loss
-            log_history = trainer.state.log_history
+            ended = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            log_history, num_steps = trainer.state.log_history, ended.global_step
+            train_loss = ended.training_loss
+            if stopped is not None:
+                # The Trainer knows the mean of the steps that it took itself.
+                done = _mean_loss(stopped.log_history)
+                train_loss = (done * num_done + train_loss * (num_steps - num_done)) / num_steps
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in TORCH_WRITER):
             raise
@@ -120,6 +139,7 @@ def train(
     record = {
         **identity,
         "num_trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "num_steps": num_steps,
         "num_examples": len(examples),
         "num_examples_cut": encoded.num_cut,
         "num_examples_left_out": encoded.num_left_out,
@@ -149,12 +169,30 @@ def train(
     return record
 
 
-def _arguments(settings: TrainSettings, folder: Path, peak: float, *, on_cpu: bool) -> SFTConfig:
+def _is_over(state: TrainerState, budget: ForgettingBudget | None) -> bool:
+    """Whether a training in this state took its last step, or was ended by its budget."""
+    return state.global_step >= state.max_steps or (budget is not None and budget.has_stopped(state.log_history))
+
+
+def _mean_loss(log_history: Sequence[Mapping[str, Any]]) -> float:
+    """Mean over the steps up to the last that was logged; each row has the mean since the one before."""
+    total, last = 0.0, 0
+    for row in log_history:
+        if "loss" in row:
+            total += row["loss"] * (row["step"] - last)
+            last = row["step"]
+    return total / max(1, last)
+
+
+def trainer_arguments(settings: TrainSettings, folder: Path, peak: float, *, on_cpu: bool) -> SFTConfig:
+    """The Trainer's arguments for settings and a peak learning rate; it keeps its checkpoints in `folder`."""
     from trl import SFTConfig
 
     return SFTConfig(
         output_dir=str(folder),
-        max_steps=settings.steps,
+        # A negative number leaves it to the epochs.
+        max_steps=-1 if settings.steps is None else settings.steps,
+        num_train_epochs=settings.epochs or 1.0,
         learning_rate=peak,
         lr_scheduler_type="cosine",
         warmup_steps=settings.warmup_steps,
@@ -180,20 +218,19 @@ def _arguments(settings: TrainSettings, folder: Path, peak: float, *, on_cpu: bo
     )
 
 
-def _trainer(
+def make_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    selection: RowSelection,
     encoded: EncodedExamples,
-    settings: TrainSettings,
     args: SFTConfig,
-    budget: ForgettingBudget | None,
-    track: Track,
+    *,
+    peft_config: PeftConfig | None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> CompletionTrainer:
+    """A trainer of `model` on encoded examples, with the adapter of any PEFT method, or as a whole with None."""
     from datasets import Dataset
     from transformers.trainer_callback import PrinterCallback
 
-    from loki.training.callbacks import ShowProgress
     from loki.training.trainer import CompletionTrainer
 
     trainer = CompletionTrainer(
@@ -201,10 +238,8 @@ def _trainer(
         args=args,
         train_dataset=Dataset.from_dict({"input_ids": encoded.input_ids, "labels": encoded.labels}),
         processing_class=tokenizer,
-        peft_config=LokiConfig(
-            positions=selection, r=settings.rank, lora_alpha=settings.lora_alpha, task_type="CAUSAL_LM"
-        ),
-        callbacks=[*([] if budget is None else [budget]), ShowProgress(track if args.process_index == 0 else silent)],
+        peft_config=peft_config,
+        callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

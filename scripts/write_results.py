@@ -1,0 +1,67 @@
+"""Writes the tables and pictures of results/*.json into README.md and docs/, between their markers.
+
+    python scripts/write_results.py [--check]
+
+A block begins with `<!-- table: results/NAME.json TABLE -->` and ends with `<!-- end of table -->`; a table is one of
+`loki.study.tables`. Pictures go to docs/images. With --check nothing is written, and a block that is not what its
+result says is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from functools import cache
+from pathlib import Path
+
+from loki.results import Result
+from loki.study.page import front_picture
+from loki.study.tables import KIND, markdown, tables, texts_of
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ("README.md", "docs/results.md")
+BLOCK = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+@cache
+def load(name: str) -> Result:
+    """A result by its path in the repository."""
+    return Result.load(ROOT / name)
+
+
+def filled(text: str) -> str:
+    """A document with all its blocks made anew."""
+    return BLOCK.sub(lambda block: f"{block[1]}{markdown(tables(load(block[2]))[block[3]])}\n{block[4]}", text)
+
+
+def main() -> int:
+    """Write, or check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = []
+    for name in DOCUMENTS:
+        path = ROOT / name
+        old = path.read_text(encoding="utf-8")
+        new = filled(old)
+        if new != old:
+            stale.append(name)
+            if not check:
+                path.write_text(new, encoding="utf-8")
+    if check:
+        for name in stale:
+            print(f"{name} is not what results/*.json say: run python scripts/write_results.py", file=sys.stderr)
+        return 1 if stale else 0
+    for path in sorted((ROOT / "results").glob("*.json")):
+        if '"kind": "study"' in path.read_text(encoding="utf-8"):
+            result = Result.load(path)
+            assert result.kind == KIND
+            for text in texts_of(result):
+                picture = front_picture(result, text)
+                picture.save(ROOT / "docs/images" / f"{path.stem}_front_{text}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

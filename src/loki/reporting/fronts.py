@@ -1,0 +1,101 @@
+"""Learned against forgotten: every run of a study a point, and the front that no method is better than in both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loki.errors import InputError
+from loki.reporting.drawing import ACCENT, HIGH, INK, LOW, WIDTH, Picture, new_axes, new_figure, nice_ticks, put_text
+
+FAMILIES = {"loki": ACCENT, "random": HIGH, "other": LOW}
+"""Colours of the points: rows chosen by attribution, rows drawn at random, and other projects' methods."""
+MARKERS = {"loki": "o", "random": "s", "other": "^"}
+"""Shapes say it too, to readers who do not see the colours."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run."""
+
+    label: str
+    family: str
+    """A key of `FAMILIES`."""
+    learned: float
+    """Higher is better."""
+    forgotten: float
+    """Lower is better."""
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """Points that no other one is at least as good as in both and better than in one, by what they forgot."""
+
+    def is_beaten(point: Point) -> bool:
+        return any(
+            other.learned >= point.learned
+            and other.forgotten <= point.forgotten
+            and (other.learned > point.learned or other.forgotten < point.forgotten)
+            for other in points
+        )
+
+    return sorted((point for point in points if not is_beaten(point)), key=lambda point: point.forgotten)
+
+
+def front_chart(points: Sequence[Point], *, learned: str, forgotten: str, title: str) -> Picture:
+    """What was learned (upwards) against what was forgotten (to the right, logarithmic), with the front as a line.
+
+    `learned` and `forgotten` name the axes. Means of a label's points carry its name.
+
+    Raises:
+        InputError: no point, or one that forgot nothing or less, which a logarithmic axis cannot show; matplotlib is
+            missing.
+    """
+    if not points:
+        raise InputError("there is no run to draw: run the study first")
+    if not all(point.forgotten > 0 for point in points):
+        odd = next(point for point in points if not point.forgotten > 0)
+        raise InputError(f"{odd.label!r} forgot {odd.forgotten:g}: a logarithmic axis takes what is above 0")
+    height, box = 380.0, (52.0, 34.0, WIDTH - 72.0, 290.0)
+    figure = new_figure(height)
+    axes = new_axes(figure, box)
+    axes.spines[["left", "bottom"]].set_visible(True)
+    axes.set_xscale("log")
+    best = front(points)
+    axes.step(
+        [point.forgotten for point in best],
+        [point.learned for point in best],
+        where="post",
+        color=INK,
+        linewidth=0.8,
+        alpha=0.6,
+        zorder=1,
+    )
+    for family, colour in FAMILIES.items():
+        of_family = [point for point in points if point.family == family]
+        axes.scatter(
+            [point.forgotten for point in of_family],
+            [point.learned for point in of_family],
+            s=26,
+            marker=MARKERS[family],
+            color=colour,
+            alpha=0.75,
+            linewidths=0,
+            zorder=2,
+        )
+    for label in dict.fromkeys(point.label for point in points):
+        named = [point for point in points if point.label == label]
+        place = max(named, key=lambda point: point.learned)
+        axes.annotate(
+            label,
+            (place.forgotten, place.learned),
+            xytext=(5, 3),
+            textcoords="offset points",
+            fontsize=8,
+            color=FAMILIES[place.family],
+        )
+    axes.margins(x=0.16, y=0.1)
+    axes.yaxis.set_major_locator(nice_ticks(5))
+    put_text(figure, 4, 14, learned)
+    put_text(figure, WIDTH - 4, 14, "line: the front", ha="right", alpha=0.8)
+    put_text(figure, box[0] + box[2], height - 8, f"{forgotten} (logarithmic)", ha="right")
+    return Picture(figure, height, title)

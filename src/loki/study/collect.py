@@ -1,0 +1,199 @@
+"""From finished runs to the figures of each method: what it learned, what it forgot, what it cost.
+
+Of several seeds the scores of each item are averaged first, so that intervals are over items; how much seeds differ is
+given beside them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median, stdev
+from typing import Any
+
+from loki.errors import ArtefactError
+from loki.evaluation.forgetting import forgetting
+from loki.evaluation.scores import Difference, ItemScores, compare
+from loki.results import Result, finite
+from loki.study.plan import BASE, Run, chosen_rate, screens
+from loki.study.run import HELD_OUT, held_out_loss
+from loki.study.settings import StudySettings
+
+COSTS = ("num_trainable", "seconds_per_step", "peak_memory_mib", "saved_bytes")
+TEXT_ENDINGS = ("_loss", "_kl")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One task under one method."""
+
+    difference: Difference
+    """To the base, over the mean of the seeds."""
+    by_seed: tuple[float, ...]
+    """The mean of each seed, in the unit of the difference's ends."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON form."""
+        found = self.difference
+        return {
+            "before": found.before.value,
+            "after": found.after.value,
+            "change": found.change.value,
+            "low": found.low,
+            "high": found.high,
+            "count": found.before.count,
+            "unit": found.before.unit,
+            "by_seed": list(self.by_seed),
+            "seed_deviation": stdev(self.by_seed) if len(self.by_seed) > 1 else None,
+        }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is known of one method."""
+
+    name: str
+    label: str
+    kind: str
+    learning_rate: float | None
+    screened: Mapping[str, float]
+    """Held-out loss after the short runs, by learning rate."""
+    seeds: tuple[int, ...]
+    scores: Mapping[str, Scored] = field(default_factory=dict)
+    forgetting_percent: float | None = None
+    """The paper's score over the benchmarks on which the base is above chance."""
+    losses_only_percent: float | None = None
+    costs: Mapping[str, float] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON form."""
+        return {
+            "name": self.name,
+            "label": self.label,
+            "kind": self.kind,
+            "learning_rate": self.learning_rate,
+            "screened": dict(self.screened),
+            "seeds": list(self.seeds),
+            "scores": {task: scored.as_dict() for task, scored in self.scores.items()},
+            "forgetting_percent": self.forgetting_percent,
+            "losses_only_percent": self.losses_only_percent,
+            "costs": dict(self.costs),
+        }
+
+
+def collect(settings: StudySettings, results: Mapping[Run, Result]) -> Result:
+    """One result of all finished runs; methods without a finished whole run are left out.
+
+    Raises:
+        ArtefactError: the base is not scored yet.
+    """
+    if BASE not in results:
+        raise ArtefactError("the base of this study is not scored yet: run the study first")
+    base = scores_of(results[BASE])
+    losses = {run: held_out_loss(result) for run, result in results.items()}
+    outcomes = [
+        outcome for name in settings.methods if (outcome := _outcome(settings, name, results, losses, base)) is not None
+    ]
+    above = [task for task, scores in base.items() if scores.chance is not None and scores.is_above_chance]
+    figures = {
+        "title": settings.title,
+        "task": next(iter(base_task(settings, base)), None),
+        "base": {task: _measure(scores) for task, scores in base.items()},
+        "above_chance": above,
+        "at_chance": [task for task, scores in base.items() if scores.chance is not None and task not in above],
+        "num_runs": len(results),
+        "hours": round(sum(_seconds(result) for result in results.values()) / 3600, 2),
+        "methods": [outcome.as_dict() for outcome in outcomes],
+    }
+    values = settings.model_dump(mode="json", exclude={"data_dir", "device"})
+    return Result("study", values, finite(figures), model=results[BASE].model)
+
+
+def scores_of(result: Result) -> dict[str, ItemScores]:
+    """Scores of a run by task; null, which stands for what is not a number, is infinite."""
+    found = {}
+    for values in result.figures["scores"]:
+        scores = [math.inf if score is None else score for score in values["scores"]]
+        found[values["task"]] = ItemScores.from_dict({**values, "scores": scores})
+    return found
+
+
+def base_task(settings: StudySettings, base: Mapping[str, ItemScores]) -> Sequence[str]:
+    """The tasks that are neither benchmarks nor texts: those that are learned, the main one first."""
+    known = {HELD_OUT, *settings.evaluate.benchmarks}
+    return [task for task in base if task not in known and not task.endswith(TEXT_ENDINGS)]
+
+
+def _outcome(
+    settings: StudySettings,
+    name: str,
+    results: Mapping[Run, Result],
+    losses: Mapping[Run, float],
+    base: Mapping[str, ItemScores],
+) -> Outcome | None:
+    method = settings.methods[name]
+    rate = chosen_rate(settings, name, losses)
+    if method.kind == "suppress":
+        runs = [Run(name, "suppress")]
+    else:
+        runs = [Run(name, "whole", rate, seed) for seed in method.seeds]
+    done = [run for run in runs if run in results]
+    if not done:
+        return None
+    by_seed = [scores_of(results[run]) for run in done]
+    scored = {task: _scored(base.get(task), [scores[task] for scores in by_seed]) for task in by_seed[0]}
+    counted = [task for task in scored if task in base and base[task].chance is not None and base[task].is_above_chance]
+    lost = None
+    if counted:
+        lost = forgetting(
+            {task: scored[task].difference.before.value for task in counted},
+            {task: scored[task].difference.after.value for task in counted},
+        )
+    costs = {}
+    for cost in COSTS:
+        values = [results[run].figures[cost] for run in done if results[run].figures.get(cost) is not None]
+        if values:
+            costs[cost] = median(values)
+    return Outcome(
+        name,
+        method.label,
+        method.kind,
+        rate,
+        {f"{run.learning_rate:g}": losses[run] for run in screens(settings, name) if run in losses},
+        tuple(run.seed for run in done),
+        scored,
+        None if lost is None else lost.score,
+        None if lost is None else lost.losses_only,
+        costs,
+    )
+
+
+def _scored(base: ItemScores | None, by_seed: Sequence[ItemScores]) -> Scored:
+    """Mean over seeds, item by item, against the base; a divergence has no base but nothing."""
+    first = by_seed[0]
+    together = replace(first, scores=tuple(sum(part) / len(by_seed) for part in _by_item(by_seed)))
+    base = base or replace(first, scores=(0.0,) * len(first.ids))
+    return Scored(compare(base, together), tuple(scores.mean.value for scores in by_seed))
+
+
+def _by_item(by_seed: Sequence[ItemScores]) -> list[list[float]]:
+    places = [dict(zip(scores.ids, scores.scores, strict=True)) for scores in by_seed]
+    return [[place[id_] for place in places] for id_ in by_seed[0].ids]
+
+
+def _measure(scores: ItemScores) -> dict[str, Any]:
+    mean = scores.mean
+    return {
+        "value": mean.value,
+        "standard_error": mean.standard_error,
+        "count": mean.count,
+        "unit": mean.unit,
+        "chance": scores.chance,
+    }
+
+
+def _seconds(result: Result) -> float:
+    log = result.figures.get("train_seconds") or 0.0
+    evaluation: float = result.figures["evaluation_seconds"]
+    return log + evaluation

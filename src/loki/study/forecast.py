@@ -1,0 +1,66 @@
+"""How long a study will take, from one timed training step and one timed evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import median
+
+from loki.results import Result
+from loki.study.conduct import Study
+from loki.study.plan import BASE, Run, num_runs, runs_by_phase
+from loki.study.run import Workplace, carry_out
+
+TIMED_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What is left to do."""
+
+    num_runs: int
+    num_done: int
+    seconds_per_step: float
+    evaluation_seconds: float
+    """Of a whole run."""
+    hours_left: float
+    """One run after the other; methods differ, some by a factor of two."""
+
+
+def forecast(study: Study) -> Forecast:
+    """Hours of the runs that are left.
+
+    Finished runs are the measure. Where none has trained, a few steps of the first method are timed; where the base is
+    not scored, it is, and stays.
+    """
+    settings, results = study.settings, study.results
+    if BASE not in results:
+        study.do_now(BASE)
+    steps = [result.figures["seconds_per_step"] for result in results.values() if "seconds_per_step" in result.figures]
+    step = median(steps or [_timed_step(study)])
+    evaluation = results[BASE].figures["evaluation_seconds"]
+    seconds = {
+        "screen": settings.train.screen_steps * step,
+        "whole": settings.train.steps * step + evaluation,
+        "suppress": evaluation,
+    }
+    names = [name for name in settings.methods if not study.only or name in study.only]
+    left = 0.0
+    for name in names:
+        for phase, count in runs_by_phase(settings, name).items():
+            num_done = sum(run.method == name and run.phase == phase for run in results)
+            left += (count - num_done) * seconds[phase]
+    return Forecast(num_runs(settings, study.only), len(results), step, evaluation, left / 3600)
+
+
+def _timed_step(study: Study) -> float:
+    settings = study.settings
+    short = settings.train.model_copy(update={"screen_steps": TIMED_STEPS})
+    trained = (name for name, method in settings.methods.items() if method.kind not in ("suppress", "loki"))
+    name = next(trained, None)
+    if name is None:
+        return 0.0
+    rate = settings.methods[name].learning_rates[0]
+    place = Workplace(settings.model_copy(update={"train": short}), study.folder)
+    result: Result = carry_out(place, Run(name, "screen", rate))
+    found: float = result.figures["seconds_per_step"]
+    return found

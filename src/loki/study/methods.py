@@ -1,0 +1,114 @@
+"""The methods that are compared: from a method's settings to a model that is ready to be trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loki.implanting.tuner import LokiConfig
+from loki.rows import RowSelection
+from loki.study.settings import Kind, MethodSection
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig, PeftConfig
+    from transformers import PreTrainedModel
+
+FFN = ("gate_proj", "up_proj", "down_proj")
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", *FFN)
+"""Linear layers by the names that Llama and its kin give them."""
+ALPHA_PER_RANK = 2
+PISSA_ITERATIONS = 16
+"""Of the randomised singular value decomposition; PiSSA's own choice for a fast start."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a method may need besides its settings."""
+
+    model: PreTrainedModel
+    rows: RowSelection | None
+    calibration: Sequence[torch.Tensor]
+    """Token ids (1, T) of the texts that knowledge-preserving initialisations read."""
+    seed: int
+
+
+def peft_config(method: MethodSection, setup: Setup) -> PeftConfig | None:
+    """The adapter that is trained, or None where the whole model is; CorDA prepares `setup.model` for it."""
+    return _CONFIGS[method.kind](method, setup)
+
+
+def _lora(method: MethodSection, setup: Setup) -> LoraConfig:
+    from peft import LoraConfig
+
+    options: Mapping[str, dict[str, Any]] = {
+        "plain": {},
+        "rslora": {"use_rslora": True},
+        "dora": {"use_dora": True},
+        "pissa": {"init_lora_weights": f"pissa_niter_{PISSA_ITERATIONS}"},
+        "corda": {"init_lora_weights": "corda"},
+    }
+    alpha = method.rank if method.variant in ("pissa", "corda") else ALPHA_PER_RANK * method.rank
+    config = LoraConfig(
+        r=method.rank,
+        lora_alpha=alpha,
+        target_modules=_targets(method),
+        task_type="CAUSAL_LM",
+        **options[method.variant],
+    )
+    if method.variant == "corda":
+        _calibrate(config, setup)
+    return config
+
+
+def _calibrate(config: LoraConfig, setup: Setup) -> None:
+    """CorDA in its knowledge-preserving mode: the adapter takes the directions that the texts use least."""
+    import torch
+    from peft.tuners.lora.config import CordaConfig
+    from peft.tuners.lora.corda import preprocess_corda
+
+    def read() -> None:
+        with torch.no_grad():
+            for ids_1T in setup.calibration:
+                setup.model(input_ids=ids_1T.to(setup.model.device), use_cache=False)
+
+    config.corda_config = CordaConfig(corda_method="kpm")
+    preprocess_corda(setup.model, config, run_model=read)
+
+
+def _osf(method: MethodSection, _setup: Setup) -> PeftConfig:
+    from peft import OSFConfig
+
+    return OSFConfig(target_modules=_targets(method), task_type="CAUSAL_LM")
+
+
+def _shira(method: MethodSection, setup: Setup) -> PeftConfig:
+    from peft import ShiraConfig
+
+    return ShiraConfig(r=method.rank, target_modules=_targets(method), random_seed=setup.seed, task_type="CAUSAL_LM")
+
+
+def _miss(method: MethodSection, _setup: Setup) -> PeftConfig:
+    from peft import MissConfig
+
+    return MissConfig(r=method.rank, target_modules=_targets(method), task_type="CAUSAL_LM")
+
+
+def _loki(method: MethodSection, setup: Setup) -> PeftConfig:
+    assert setup.rows is not None
+    return LokiConfig(positions=setup.rows, r=method.rank, task_type="CAUSAL_LM")
+
+
+def _targets(method: MethodSection) -> list[str]:
+    return list(LINEAR if method.targets == "all" else FFN)
+
+
+_CONFIGS: Mapping[Kind, Callable[[MethodSection, Setup], PeftConfig | None]] = {
+    "full": lambda _method, _setup: None,
+    "lora": _lora,
+    "osf": _osf,
+    "shira": _shira,
+    "miss": _miss,
+    "loki": _loki,
+}

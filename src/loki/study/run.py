@@ -1,0 +1,237 @@
+"""One run of a study: a model from its base to its scores, in a process of its own."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from peft import PeftModel
+from transformers.pytorch_utils import Conv1D
+
+from loki.architecture import projections, shape_of
+from loki.evaluation.completions import completion_losses
+from loki.evaluation.scores import ItemScores
+from loki.evaluation.text import load_texts, text_scores
+from loki.models import load_model, load_tokenizer, model_label
+from loki.progress import silent
+from loki.prompts.encoding import encode_prompt
+from loki.provenance import digest
+from loki.results import Result, finite
+from loki.rows import RowSelection
+from loki.study.analyses import load_selection
+from loki.study.corpora import load_corpora
+from loki.study.costs import StepClock, forget_peak_memory, peak_memory_mib
+from loki.study.methods import Setup, peft_config
+from loki.study.plan import Run
+from loki.study.settings import MethodSection, StudySettings
+from loki.study.tasks import Task, load_task
+from loki.training.encoding import encode_examples
+from loki.training.settings import TrainSettings
+from loki.training.sft import make_trainer, trainer_arguments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+KIND = "study-run"
+CALIBRATION_PROMPTS = 256
+"""As CorDA's own examples."""
+HELD_OUT = "held_out"
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where a run finds what it needs, and how many threads it may take."""
+
+    settings: StudySettings
+    folder: Path
+    """Of the attribution logs."""
+    threads: int | None = None
+
+
+def identity(settings: StudySettings, run: Run) -> dict[str, Any]:
+    """All that decides a run's figures, as JSON: a finished run of another identity is not this one."""
+    shared = settings.model_dump(mode="json", exclude={"title", "data_dir", "analyses", "methods", "device"})
+    method = settings.methods.get(run.method)
+    analyses = {}
+    if method is not None:
+        names = {method.calibration, method.rows.log if method.rows else None} - {None}
+        analyses = {name: settings.analyses[name].model_dump(mode="json") for name in sorted(map(str, names))}
+    train = shared.pop("train")
+    if run.phase == "screen":
+        train["steps"] = train.pop("screen_steps")
+    train.pop("screen_steps", None)
+    return {
+        **shared,
+        **({} if run.phase in ("base", "suppress") else {"train": train}),
+        "method": None
+        if method is None
+        else method.model_dump(mode="json", exclude={"label", "learning_rates", "seeds"}),
+        "analyses": analyses,
+        "phase": run.phase,
+        "learning_rate": run.learning_rate,
+        "seed": run.seed,
+    }
+
+
+def carry_out(place: Workplace, run: Run) -> Result:
+    """Train and evaluate, or only evaluate.
+
+    Raises:
+        LokiError: data, positions or a model that cannot be used.
+    """
+    if place.threads is not None:
+        torch.set_num_threads(place.threads)
+    settings = place.settings
+    tokenizer = load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code)
+    task = load_task(settings.task, settings.data_dir, tokenizer)
+    model = _load(settings)
+    method = settings.methods.get(run.method)
+    figures: dict[str, Any] = {}
+    if method is not None and run.phase == "suppress":
+        rows = load_selection(method.rows, settings, place.folder, shape_of(model), run.seed)
+        figures["num_suppressed_rows"] = _suppress(model, rows)
+    elif method is not None:
+        model, figures = _train(place, run, method, model, tokenizer, task)
+    start = time.perf_counter()
+    losses = completion_losses(model, tokenizer, task.held_out)
+    ids = tuple(str(number) for number in range(len(losses)))
+    scores = [ItemScores(HELD_OUT, "loss", ids, tuple(losses), "nats per token", higher_is_better=False)]
+    if run.phase != "screen" and math.isfinite(scores[0].mean.value):
+        reference = None if method is None else _load(settings)
+        scores += _forgetting_scores(settings, model, tokenizer, reference)
+        if run.phase != "suppress":
+            scores += task.score(model, tokenizer, silent)
+    figures |= {
+        "evaluation_seconds": round(time.perf_counter() - start, 1),
+        "num_threads": torch.get_num_threads(),
+        "scores": [finite(score.as_dict()) for score in scores],
+    }
+    return Result(KIND, identity(settings, run), figures, seed=run.seed, model=model_label(settings.model))
+
+
+def _load(settings: StudySettings) -> PreTrainedModel:
+    return load_model(
+        settings.model, dtype=settings.dtype, device=settings.device, trust_remote_code=settings.trust_remote_code
+    )
+
+
+def _train(
+    place: Workplace,
+    run: Run,
+    method: MethodSection,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The trained model, merged where its method can, and what training took."""
+    settings = place.settings
+    assert run.learning_rate is not None
+    train = settings.train
+    chosen = TrainSettings(
+        learning_rate=run.learning_rate,
+        steps=train.screen_steps if run.phase == "screen" else train.steps,
+        batch_size=train.batch_size,
+        warmup_steps=train.warmup_steps,
+        seed=run.seed,
+        scale_learning_rate=False,
+        log_every=10,
+        save_every=10**9,
+    )
+    torch.manual_seed(run.seed)
+    encoded = encode_examples(tokenizer, task.examples)
+    clock = StepClock()
+    config = peft_config(method, _setup(place, run, method, model, tokenizer))
+    with tempfile.TemporaryDirectory() as folder:
+        args = trainer_arguments(chosen, Path(folder), run.learning_rate, on_cpu=model.device.type == "cpu")
+        args.save_strategy = "no"
+        args.bf16 = train.mixed_precision
+        trainer = make_trainer(model, tokenizer, encoded, args, peft_config=config, callbacks=[clock])
+        trained = trainer.model
+        if config is None:
+            trained.requires_grad_(True)
+        num_trainable = sum(p.numel() for p in trained.parameters() if p.requires_grad)
+        forget_peak_memory()
+        trainer.train()
+        peak = peak_memory_mib()
+        trained.save_pretrained(Path(folder) / "saved")
+        saved_bytes = sum(path.stat().st_size for path in (Path(folder) / "saved").glob("*.safetensors"))
+    log = [row for row in trainer.state.log_history if "loss" in row]
+    figures = {
+        "num_trainable": num_trainable,
+        "seconds_per_step": clock.median,
+        "train_seconds": round(sum(clock.seconds), 1),
+        "peak_memory_mib": round(peak, 1),
+        "saved_bytes": saved_bytes,
+        "log": [finite({key: row[key] for key in ("step", "loss")}) for row in log],
+    }
+    merged: PreTrainedModel = trained if config is None else cast(PeftModel, trained).merge_and_unload()
+    return merged.eval(), figures
+
+
+def _setup(
+    place: Workplace, run: Run, method: MethodSection, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Setup:
+    settings = place.settings
+    rows = None
+    if method.rows is not None:
+        rows = load_selection(method.rows, settings, place.folder, shape_of(model), run.seed)
+    calibration: list[torch.Tensor] = []
+    if method.calibration is not None:
+        prompts = load_corpora(settings.analyses[method.calibration], settings.data_dir)[:CALIBRATION_PROMPTS]
+        calibration = [encode_prompt(tokenizer, prompt).ids_T[None] for prompt in prompts]
+    return Setup(model, rows, calibration, run.seed)
+
+
+@torch.no_grad()
+def _suppress(model: PreTrainedModel, rows: RowSelection) -> int:
+    """Set rows to zero, biases too, as `loki suppress` does it in a checkpoint."""
+    for projection, chosen in zip(projections(model).values(), rows.rows, strict=True):
+        weight_DF: torch.Tensor = projection.get_parameter("weight")
+        weight_DF = weight_DF.T if isinstance(projection, Conv1D) else weight_DF
+        for tensor in (weight_DF, getattr(projection, "bias", None)):
+            if isinstance(tensor, torch.Tensor):
+                tensor[list(chosen)] = 0
+    return rows.num_selected
+
+
+def _forgetting_scores(
+    settings: StudySettings,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    reference: PreTrainedModel | None,
+) -> list[ItemScores]:
+    chosen = settings.evaluate
+    scores = []
+    for name, num_tokens in chosen.texts.items():
+        texts = load_texts(name, settings.data_dir, part="evaluation")
+        scores += text_scores(model, tokenizer, name, texts, reference=reference, max_tokens=num_tokens)
+    if chosen.benchmarks:
+        from loki.evaluation.harness import evaluate_tasks
+
+        scores += evaluate_tasks(
+            model,
+            tokenizer,
+            chosen.benchmarks,
+            data_dir=settings.data_dir,
+            limit=chosen.limit,
+            part="evaluation",
+            batch_size=chosen.batch_size,
+        )
+    return scores
+
+
+def held_out_loss(result: Result) -> float:
+    """Mean loss of the held-out completions, infinite where training came apart."""
+    (scores,) = (score for score in result.figures["scores"] if score["task"] == HELD_OUT)
+    losses = scores["scores"]
+    return math.inf if None in losses else sum(losses) / len(losses)
+
+
+def same_run(result: Result, settings: StudySettings, run: Run) -> bool:
+    """Whether a result is that of this run under these settings."""
+    return digest(dict(result.settings)) == digest(identity(settings, run))

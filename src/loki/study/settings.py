@@ -1,0 +1,209 @@
+"""The settings of a study: one YAML file, checked before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from loki.analysis.settings import KVASettings
+from loki.choices import DtypeName, Objective, Rule, StrategyName
+from loki.errors import InputError
+from loki.selection.quota import parse_quota
+from loki.training.config import read_settings
+
+Kind = Literal["full", "lora", "osf", "shira", "miss", "loki", "suppress"]
+TaskName = Literal["function-calling", "reranking"]
+CorpusName = Literal["mmlu", "probe", "lambada", "wikitext2", "c4"]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+"""Part of a file's name."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TaskSection(_Section):
+    """What is learned, and how it is scored."""
+
+    name: TaskName = "function-calling"
+    examples: int = Field(default=800, ge=1)
+    """Training examples."""
+    held_out: int = Field(default=80, ge=1)
+    """Further examples of the training file, by whose loss learning rates are chosen."""
+    requests: int = Field(default=200, ge=1)
+    """Items of the test file."""
+    max_tokens: int = Field(default=448, ge=16)
+    """Longer examples are left out."""
+    max_new_tokens: int = Field(default=96, ge=1)
+    """Of a reply."""
+
+
+class TrainSection(_Section):
+    """The same for every method."""
+
+    steps: int = Field(ge=1)
+    batch_size: int = Field(default=4, ge=1)
+    warmup_steps: int = Field(default=0, ge=0)
+    mixed_precision: bool = False
+    """Whether matrix products are in bfloat16, with weights and their changes in the model's dtype (autocast)."""
+    screen_steps: int = Field(ge=1)
+    """Steps of the runs that choose the learning rate."""
+
+
+class EvaluateSection(_Section):
+    """What is asked before and after."""
+
+    benchmarks: tuple[str, ...] = ()
+    """As `loki evaluate --tasks` takes them."""
+    limit: int = Field(default=150, ge=1)
+    """Items of each benchmark."""
+    texts: Mapping[str, int] = Field(default_factory=dict)
+    """Tokens of each text: `wikitext2`, `c4`."""
+    batch_size: int = Field(default=8, ge=1)
+
+
+class AnalysisSection(_Section):
+    """One attribution log."""
+
+    corpora: tuple[CorpusName, ...]
+    num_prompts: int | None = Field(default=None, ge=1)
+    """Drawn from all corpora together, alike many from each; None takes everything."""
+    rule: Rule = "riemann_left"
+    steps: int = 7
+    objective: Objective = "probability"
+    multiply_by_activation: bool = True
+    batch_size: int = Field(default=4, ge=1)
+
+    def settings(self) -> KVASettings:
+        """In the library's own form.
+
+        Raises:
+            InputError: a combination that is not possible.
+        """
+        return KVASettings(**self.model_dump(exclude={"corpora", "num_prompts", "batch_size"}))
+
+
+class RowsSection(_Section):
+    """Which rows are trained, or set to zero."""
+
+    strategy: StrategyName = "layer_balanced"
+    quota: str | int | float = 10
+    log: str | None = None
+    """Name of an analysis; the random strategy needs none."""
+    layers: str | None = None
+    """Such as `0-9`; None is all."""
+
+
+class MethodSection(_Section):
+    """One method; what a kind does not know is refused."""
+
+    kind: Kind
+    label: str
+    learning_rates: tuple[float, ...] = ()
+    """Those that are screened; the first run of a single one is the whole run."""
+    seeds: tuple[int, ...] = (0,)
+    rows: RowsSection | None = None
+    """Of LoKI, and of rows that are suppressed."""
+    rank: int = Field(default=0, ge=0)
+    """Of LoRA, SHiRA, MiSS and LoKI*."""
+    targets: Literal["all", "ffn"] = "all"
+    """Linear layers with an adapter."""
+    variant: Literal["plain", "rslora", "dora", "pissa", "corda"] = "plain"
+    """Of LoRA."""
+    calibration: str | None = None
+    """Name of the analysis whose prompts CorDA reads."""
+
+    def require_whole(self, name: str, analyses: Sequence[str]) -> None:
+        """Raise InputError unless the method has all it needs and nothing that it has no use for."""
+        is_trained = self.kind != "suppress"
+        if is_trained != bool(self.learning_rates):
+            raise InputError(f"method {name!r} {'needs learning_rates' if is_trained else 'takes no learning_rates'}")
+        if len(set(self.learning_rates)) < len(self.learning_rates) or not all(r > 0 for r in self.learning_rates):
+            raise InputError(f"method {name!r}: learning_rates must be above 0 and differ, not {self.learning_rates}")
+        if (self.kind in ("loki", "suppress")) != (self.rows is not None):
+            raise InputError(f"method {name!r} of kind {self.kind!r} {'takes no' if self.rows else 'needs'} rows")
+        if self.kind in ("lora", "shira", "miss") and self.rank < 1:
+            raise InputError(f"method {name!r} of kind {self.kind!r} needs a rank of 1 or more")
+        if self.variant != "plain" and self.kind != "lora":
+            raise InputError(f"method {name!r}: variant {self.variant!r} is one of LoRA, not of {self.kind!r}")
+        if (self.variant == "corda") != (self.calibration is not None):
+            raise InputError(f"method {name!r}: calibration belongs to variant corda, and that needs it")
+        if self.rows is not None:
+            parse_quota(self.rows.quota)
+            if (self.rows.strategy == "random") != (self.rows.log is None):
+                raise InputError(f"method {name!r}: rows need a log unless their strategy is random, which takes none")
+        for log in (self.rows.log if self.rows else None, self.calibration):
+            if log is not None and log not in analyses:
+                raise InputError(
+                    f"method {name!r} names the analysis {log!r}: there are {', '.join(analyses) or 'none'}"
+                )
+
+
+class StudySettings(_Section):
+    """Everything that a study is made of."""
+
+    title: str
+    model: str
+    data_dir: Path
+    dtype: DtypeName = "auto"
+    device: str | None = None
+    trust_remote_code: bool = False
+    task: TaskSection = TaskSection()
+    train: TrainSection
+    evaluate: EvaluateSection = EvaluateSection()
+    analyses: Mapping[Name, AnalysisSection] = Field(default_factory=dict)
+    methods: Mapping[Name, MethodSection]
+
+
+def load_study(path: Path, *, data_dir: Path | None = None) -> StudySettings:
+    """Read a study's YAML; `data_dir` replaces its own.
+
+    Raises:
+        InputError: no such file, not YAML, or a setting that is unknown or not possible.
+    """
+    values: dict[str, Any] = read_settings(path)
+    if data_dir is not None:
+        values["data_dir"] = str(data_dir)
+    try:
+        settings = StudySettings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        given = "" if first["type"] == "missing" else f", got {first['input']!r}"
+        raise InputError(f"study {path}: {name}: {first['msg'].lower()}{given}") from error
+    if not settings.methods:
+        raise InputError(f"study {path} has no methods: name at least one")
+    for analysis in settings.analyses.values():
+        analysis.settings()
+    for name, method in settings.methods.items():
+        method.require_whole(name, list(settings.analyses))
+    if not settings.data_dir.is_dir():
+        raise InputError(f"data folder {str(settings.data_dir)!r} does not exist: give --data-dir")
+    return settings
+
+
+def smoke(settings: StudySettings) -> StudySettings:
+    """The same study with next to nothing in it: every part of it runs, and no figure means anything."""
+    short = {"learning_rates": 1, "seeds": 1}
+    return settings.model_copy(
+        update={
+            "task": settings.task.model_copy(update={"examples": 4, "held_out": 2, "requests": 2}),
+            "train": settings.train.model_copy(
+                update={"steps": 2, "screen_steps": 1, "batch_size": 2, "warmup_steps": 0}
+            ),
+            "evaluate": settings.evaluate.model_copy(
+                update={"limit": 2, "texts": dict.fromkeys(settings.evaluate.texts, 64)}
+            ),
+            "analyses": {
+                name: analysis.model_copy(update={"num_prompts": 2, "steps": 2})
+                for name, analysis in settings.analyses.items()
+            },
+            "methods": {
+                name: method.model_copy(update={field: getattr(method, field)[:n] for field, n in short.items()})
+                for name, method in settings.methods.items()
+            },
+        }
+    )

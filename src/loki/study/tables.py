@@ -1,0 +1,152 @@
+"""The tables of a study's result, for the report and as Markdown; every number comes from the result's JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from loki.errors import ArtefactError
+from loki.reporting.content import Table
+from loki.results import Result
+from loki.study.run import HELD_OUT
+
+MINUS = "\u2212"
+KIND = "study"
+BASE_ROW, NONE_ROW = "base, untrained", "none"
+Method = Mapping[str, Any]
+
+
+def tables(result: Result) -> dict[str, Table]:
+    """All tables by their names: `learned`, `benchmarks`, `costs` and, where rows were zeroed, `suppressed`.
+
+    Raises:
+        ArtefactError: the result is not one of a study.
+    """
+    if result.kind != KIND:
+        raise ArtefactError(f"this is a result of kind {result.kind!r}: name one that `loki study` wrote")
+    methods = result.figures["methods"]
+    trained = [method for method in methods if method["kind"] != "suppress"]
+    zeroed = [method for method in methods if method["kind"] == "suppress"]
+    found = {
+        "learned": _learned(result, trained),
+        "benchmarks": _benchmarks(result, trained),
+        "costs": _costs(trained),
+    }
+    return found | ({"suppressed": _suppressed(result, zeroed)} if zeroed else {})
+
+
+def texts_of(result: Result) -> list[str]:
+    """The texts whose loss and divergence were measured."""
+    return list(result.settings["evaluate"]["texts"])
+
+
+def _learned(result: Result, methods: Sequence[Method]) -> Table:
+    task, texts = result.figures["task"], texts_of(result)
+    base = result.figures["base"]
+    head = ["method", "rate", "seeds", "task, %", "held-out loss"]
+    head += [f"{text}, {what}" for text in texts for what in ("loss", "KL")] + ["forgetting, %", "losses only, %"]
+    rows = [
+        [BASE_ROW, "", "", _number(base[task]["value"], 1), _number(base[HELD_OUT]["value"], 3)]
+        + [_number(base[f"{text}_loss"]["value"], 3) if i == 0 else "" for text in texts for i in range(2)]
+        + ["", ""]
+    ]
+    for method in methods:
+        scores = method["scores"]
+        rows.append(
+            [
+                method["label"],
+                f"{method['learning_rate']:g}",
+                str(len(method["seeds"])),
+                _after(scores.get(task), 1),
+                _after(scores.get(HELD_OUT), 3),
+                *(
+                    cell
+                    for text in texts
+                    for cell in (_change(scores.get(f"{text}_loss"), 3), _after(scores.get(f"{text}_kl"), 4))
+                ),
+                _number(method["forgetting_percent"], 1),
+                _number(method["losses_only_percent"], 1),
+            ]
+        )
+    return _table("What was learned, and what was forgotten", head, rows)
+
+
+def _benchmarks(result: Result, methods: Sequence[Method]) -> Table:
+    figures = result.figures
+    names = [*figures["above_chance"], *figures["at_chance"]]
+    base = figures["base"]
+    rows = [
+        [
+            BASE_ROW,
+            *(f"{_number(base[name]['value'], 1)} (chance {_number(base[name]['chance'], 0)})" for name in names),
+        ]
+    ]
+    rows += [[method["label"], *(_change(method["scores"].get(name), 1) for name in names)] for method in methods]
+    return _table("Benchmarks: points gained or lost", ["method", *names], rows)
+
+
+def _costs(methods: Sequence[Method]) -> Table:
+    units: Mapping[str, tuple[str, Callable[[float], str]]] = {
+        "num_trainable": ("trained weights", lambda value: f"{value / 1e6:.2f} M"),
+        "saved_bytes": ("file, MB", lambda value: f"{value / 1e6:.1f}"),
+        "seconds_per_step": ("s a step", lambda value: f"{value:.2f}"),
+        "peak_memory_mib": ("peak, MiB", lambda value: f"{value:,.0f}"),
+    }
+    rows = [
+        [method["label"], *(shown(method["costs"][name]) for name, (_, shown) in units.items())]
+        for method in methods
+        if units.keys() <= method["costs"].keys()
+    ]
+    return _table("What training costs", ["method", *(head for head, _ in units.values())], rows)
+
+
+def _suppressed(result: Result, methods: Sequence[Method]) -> Table:
+    texts, names = texts_of(result), result.figures["above_chance"]
+    base = result.figures["base"]
+    head = ["rows at zero", *(f"{text}, loss" for text in texts), *names, "forgetting, %"]
+    rows = [
+        [NONE_ROW]
+        + [_number(base[f"{text}_loss"]["value"], 3) for text in texts]
+        + [_number(base[name]["value"], 1) for name in names]
+        + [""]
+    ]
+    for method in methods:
+        scores = method["scores"]
+        cells = [_change(scores.get(f"{text}_loss"), 3) for text in texts]
+        cells += [_change(scores.get(name), 1) for name in names]
+        rows.append([method["label"], *cells, _number(method["forgetting_percent"], 1)])
+    return _table("Rows at zero", head, rows)
+
+
+def _after(scored: Mapping[str, Any] | None, digits: int) -> str:
+    """The value after training, with the deviation between seeds where there are several."""
+    if scored is None:
+        return "–"
+    deviation = scored["seed_deviation"]
+    return _number(scored["after"], digits) + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+
+
+def _change(scored: Mapping[str, Any] | None, digits: int) -> str:
+    """The change with its interval."""
+    if scored is None or scored["change"] is None:
+        return "–"
+    low, high = (_number(scored[end], digits, signed=True) for end in ("low", "high"))
+    return f"{_number(scored['change'], digits, signed=True)} [{low}, {high}]"
+
+
+def _number(value: float | None, digits: int, *, signed: bool = False) -> str:
+    if value is None:
+        return "–"
+    text = f"{value:{'+' if signed else ''}.{digits}f}"
+    # A change that rounds to nothing has no sign.
+    return f"{0:.{digits}f}" if not float(text) else text.replace("-", MINUS)
+
+
+def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    return Table(caption, tuple(head), tuple(map(tuple, rows)))
+
+
+def markdown(table: Table) -> str:
+    """A table as Markdown, numbers to the right."""
+    lines = [table.headings, ("---", *["---:"] * (len(table.headings) - 1)), *table.rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

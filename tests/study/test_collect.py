@@ -1,0 +1,129 @@
+import math
+
+import pytest
+
+from loki.errors import ArtefactError
+from loki.evaluation.scores import ItemScores
+from loki.results import Result, finite
+from loki.study.collect import collect
+from loki.study.plan import BASE, Run
+from loki.study.settings import load_study
+
+
+def run_result(scores, **figures):
+    return Result(
+        "study-run", {}, {"evaluation_seconds": 36.0, "scores": [finite(s.as_dict()) for s in scores], **figures}
+    )
+
+
+def scores(task, values, **changes):
+    ids = tuple(f"q{number}" for number in range(len(values)))
+    return ItemScores(task, "acc", ids, tuple(map(float, values)), **changes)
+
+
+def held_out(loss):
+    return scores("held_out", [loss, loss], unit="nats per token", higher_is_better=False)
+
+
+EASY = {"chance": 25.0}
+LOSS = {"unit": "nats per token", "higher_is_better": False}
+
+
+@pytest.fixture
+def settings(write_study):
+    return load_study(write_study(evaluate={"benchmarks": ["arc", "mmlu"], "texts": {"wiki": 10}}))
+
+
+@pytest.fixture
+def results():
+    """Of `full` two seeds are done, of `rows` none, and no row is zeroed."""
+    right = [1] * 30 + [0] * 10
+    base = [
+        held_out(3.0),
+        scores("wiki_loss", [2.0, 4.0], **LOSS),
+        scores("arc", right, **EASY),
+        scores("mmlu", [1] * 10 + [0] * 30, **EASY),
+        scores("calls", [0, 0, 0, 0]),
+    ]
+
+    def trained(lost, calls, kl, seconds):
+        return run_result(
+            [
+                held_out(1.0),
+                scores("wiki_loss", [2.5, 4.0], **LOSS),
+                scores("wiki_kl", [kl, kl], **LOSS),
+                scores("arc", [0] * lost + right[lost:], **EASY),
+                scores("mmlu", [1] * 20 + [0] * 20, **EASY),
+                scores("calls", calls),
+            ],
+            num_trainable=7,
+            seconds_per_step=seconds,
+            train_seconds=108.0,
+        )
+
+    return {
+        BASE: run_result(base),
+        Run("full", "screen", 1e-4): run_result([held_out(3.0)]),
+        Run("full", "screen", 1e-3): run_result([held_out(2.0)]),
+        Run("full", "screen", 1e-2): run_result([scores("held_out", [math.inf, 1], **LOSS)]),
+        Run("full", "whole", 1e-3, 0): trained(6, [1, 1, 0, 0], 0.2, 1.0),
+        Run("full", "whole", 1e-3, 1): trained(12, [1, 0, 0, 0], 0.4, 3.0),
+    }
+
+
+@pytest.fixture
+def full(settings, results):
+    (method,) = collect(settings, results).figures["methods"]
+    return method
+
+
+def test_scores_are_means_over_seeds_against_the_base(full):
+    assert (full["name"], full["learning_rate"], full["seeds"]) == ("full", 1e-3, [0, 1])
+    arc = full["scores"]["arc"]
+    # 75 % before; 24 and 18 of 40 right after.
+    assert (arc["before"], arc["after"]) == (75.0, pytest.approx(52.5))
+    assert arc["change"] == pytest.approx(-22.5)
+    assert arc["by_seed"] == pytest.approx([60.0, 45.0])
+    assert arc["seed_deviation"] == pytest.approx(15 / math.sqrt(2))
+    # Items lose 1, ½ or 0 of a right answer; six lose all, six half.
+    assert arc["low"] < -22.5 < arc["high"] < 0
+    calls = full["scores"]["calls"]
+    assert (calls["before"], calls["after"]) == (0.0, 37.5)
+
+
+def test_a_divergence_is_measured_from_nothing(full):
+    kl = full["scores"]["wiki_kl"]
+    assert (kl["before"], kl["after"], kl["change"]) == (0.0, pytest.approx(0.3), pytest.approx(0.3))
+    assert full["scores"]["wiki_loss"]["change"] == pytest.approx(0.25)
+
+
+def test_forgetting_counts_benchmarks_above_chance_only(settings, results, full):
+    figures = collect(settings, results).figures
+    # MMLU stands at chance, and its gain hides no loss.
+    assert (figures["above_chance"], figures["at_chance"]) == (["arc"], ["mmlu"])
+    assert full["forgetting_percent"] == full["losses_only_percent"] == pytest.approx(30.0)
+    assert figures["task"] == "calls"
+
+
+def test_costs_are_medians_over_seeds_and_time_is_counted(settings, results, full):
+    assert full["costs"] == {"num_trainable": 7, "seconds_per_step": 2.0}
+    figures = collect(settings, results).figures
+    assert figures["num_runs"] == 6
+    assert figures["hours"] == pytest.approx((6 * 36 + 2 * 108) / 3600, abs=0.005)
+
+
+def test_what_was_screened_is_told(full):
+    assert full["screened"] == {"0.0001": 3.0, "0.001": 2.0, "0.01": None}
+
+
+def test_one_seed_has_no_deviation(settings, results):
+    del results[Run("full", "whole", 1e-3, 1)]
+    (method,) = collect(settings, results).figures["methods"]
+    assert method["seeds"] == [0]
+    assert method["scores"]["arc"]["seed_deviation"] is None
+
+
+def test_without_the_base_there_is_nothing_to_compare_with(settings, results):
+    del results[BASE]
+    with pytest.raises(ArtefactError, match="the base of this study is not scored yet: run the study first"):
+        collect(settings, results)

@@ -1,0 +1,50 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from loki.errors import InputError
+from loki.study.settings import load_study
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+
+
+def method(**changes):
+    return {"m": {"kind": "full", "label": "m", "learning_rates": [1e-3], **changes}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"methods": {}}, "has no methods: name at least one"),
+        ({"methods": method(learning_rates=[])}, "method 'm' needs learning_rates"),
+        ({"methods": method(learning_rates=[1e-3, 1e-3])}, "learning_rates must be above 0 and differ"),
+        ({"methods": method(learning_rates=[0])}, "learning_rates must be above 0 and differ"),
+        ({"methods": method(rows={"strategy": "random"})}, "method 'm' of kind 'full' takes no rows"),
+        ({"methods": method(kind="loki")}, "method 'm' of kind 'loki' needs rows"),
+        ({"methods": method(kind="lora")}, "method 'm' of kind 'lora' needs a rank of 1 or more"),
+        ({"methods": method(variant="dora")}, "variant 'dora' is one of LoRA, not of 'full'"),
+        ({"methods": method(kind="lora", rank=4, variant="corda")}, "calibration belongs to variant corda"),
+        ({"methods": method(kind="loki", rows={"quota": 10})}, "rows need a log unless their strategy is random"),
+        ({"methods": method(kind="loki", rows={"log": "x"})}, "method 'm' names the analysis 'x': there are none"),
+        ({"methods": method(kind="loki", rows={"strategy": "random", "quota": 0})}, "quota"),
+        ({"methods": method(kind="suppress", rows={"strategy": "random"})}, "method 'm' takes no learning_rates"),
+        ({"methods": method(kind="magic")}, "methods.m.kind: input should be 'full', 'lora'"),
+        ({"methods": {"../m": method()["m"]}}, "string should match pattern"),
+        ({"train": {"steps": 0, "screen_steps": 1}}, "train.steps: input should be greater than or equal to 1, got 0"),
+        ({"trian": {}}, "trian: extra inputs are not permitted"),
+        ({"data_dir": "nowhere"}, "data folder 'nowhere' does not exist: give --data-dir"),
+        ({"analyses": {"a": {"corpora": ["mmlu"], "steps": 0}}}, "steps"),
+    ],
+)
+def test_bad_settings_are_named(write_study, changes, text):
+    with pytest.raises(InputError) as error:
+        load_study(write_study(**changes))
+    assert text in str(error.value)
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_our_own_studies_are_possible(path, tmp_path):
+    settings = load_study(path, data_dir=tmp_path)
+    assert settings.data_dir == tmp_path
+    assert "data_dir" in yaml.safe_load(path.read_text())
