@@ -263,18 +263,16 @@ def test_without_a_dataset_it_is_the_probe(loki, model_dir):
     assert found["num_prompts"] == 114
 
 
-# Before 1.15, accelerate wants something beside what lies on the disk.
-WHOLE_ON_DISK = {"": "disk"} if Version(version("accelerate")) >= Version("1.15") else {"model": "disk", "lm_head": "cpu"}
-
-
 def test_a_device_map_changes_no_score(analyse, tmp_path, expected_scores):
     expected = expected_scores()[0]
     maps = {
         "cpu": {"": "cpu"},
-        "disk": WHOLE_ON_DISK,
+        "disk": {"": "disk"},
         "both": {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu", "lm_head": "cpu"}
         | {"model.layers.2": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu"},
     }
+    if Version(version("accelerate")) < Version("1.15"):
+        del maps["disk"]  # which it refuses: something has to be elsewhere
     fingerprints = []
     for name, places in maps.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(places))
@@ -284,7 +282,7 @@ def test_a_device_map_changes_no_score(analyse, tmp_path, expected_scores):
         fingerprints.append(log["header"]["model"])
     log = analyse("--device-map", "auto")
     np.testing.assert_allclose(log["dataset"], expected, rtol=1e-6, atol=1e-6)
-    assert fingerprints == [log["header"]["model"]] * 3  # so that a log may be finished on another machine
+    assert fingerprints == [log["header"]["model"]] * len(maps)  # so that a log may be finished on another machine
 
 
 def test_a_launcher_and_a_device_map_go_together(analyse, monkeypatch, expected_scores):

@@ -31,7 +31,7 @@ LOSS = {"unit": "nats per token", "higher_is_better": False}
 
 @pytest.fixture
 def settings(write_study):
-    return load_study(write_study(evaluate={"benchmarks": ["arc", "mmlu"], "texts": {"wiki": 10}}))
+    return load_study(write_study(evaluate={"benchmarks": ["arc_easy", "mmlu"], "texts": {"wiki": 10}}))
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def results():
     base = [
         held_out(3.0),
         scores("wiki_loss", [2.0, 4.0], **LOSS),
-        scores("arc", right, **EASY),
+        scores("arc_easy", right, **EASY),
         scores("mmlu", [1] * 10 + [0] * 30, **EASY),
         scores("calls", [0, 0, 0, 0]),
     ]
@@ -52,7 +52,7 @@ def results():
                 held_out(1.0),
                 scores("wiki_loss", [2.5, 4.0], **LOSS),
                 scores("wiki_kl", [kl, kl], **LOSS),
-                scores("arc", [0] * lost + right[lost:], **EASY),
+                scores("arc_easy", [0] * lost + right[lost:], **EASY),
                 scores("mmlu", [1] * 20 + [0] * 20, **EASY),
                 scores("calls", calls),
             ],
@@ -79,7 +79,7 @@ def full(settings, results):
 
 def test_scores_are_means_over_seeds_against_the_base(full):
     assert (full["name"], full["learning_rate"], full["seeds"]) == ("full", 1e-3, [0, 1])
-    arc = full["scores"]["arc"]
+    arc = full["scores"]["arc_easy"]
     # 75 % before; 24 and 18 of 40 right after.
     assert (arc["before"], arc["after"]) == (75.0, pytest.approx(52.5))
     assert arc["change"] == pytest.approx(-22.5)
@@ -100,7 +100,7 @@ def test_a_divergence_is_measured_from_nothing(full):
 def test_forgetting_counts_benchmarks_above_chance_only(settings, results, full):
     figures = collect(settings, results).figures
     # MMLU stands at chance, and its gain hides no loss.
-    assert (figures["above_chance"], figures["at_chance"]) == (["arc"], ["mmlu"])
+    assert (figures["above_chance"], figures["at_chance"]) == (["arc_easy"], ["mmlu"])
     assert full["forgetting_percent"] == full["losses_only_percent"] == pytest.approx(30.0)
     assert figures["task"] == "calls"
 
@@ -120,7 +120,7 @@ def test_one_seed_has_no_deviation(settings, results):
     del results[Run("full", "whole", 1e-3, 1)]
     (method,) = collect(settings, results).figures["methods"]
     assert method["seeds"] == [0]
-    assert method["scores"]["arc"]["seed_deviation"] is None
+    assert method["scores"]["arc_easy"]["seed_deviation"] is None
 
 
 def test_without_the_base_there_is_nothing_to_compare_with(settings, results):

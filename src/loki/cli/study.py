@@ -40,7 +40,6 @@ def study(
 
     Example: loki study experiments/forgetting.yaml --data-dir data --workers 2
     """
-    from loki.cli.allocator import keep_freed_memory
     from loki.cli.show import notes, print_json, track
     from loki.errors import InputError, LokiError
     from loki.provenance import require_writable_parent
@@ -68,7 +67,7 @@ def study(
         workers=own,
         max_hours=max_hours,
         tell=lambda done: notes.print(_line(done)),
-        prepare=keep_freed_memory,
+        prepare=_prepare,
         track=track,
     )
     found = collect(work.settings, work.results)
@@ -79,6 +78,19 @@ def study(
     if work.failed:
         names = ", ".join(run.id for run in work.failed)
         raise LokiError(f"{len(work.failed)} runs failed ({names}): the same command tries them again")
+
+
+def _prepare() -> None:
+    """Make a run's own process as quiet as this one."""
+    import warnings
+
+    from transformers.utils import logging
+
+    from loki.cli.allocator import keep_freed_memory
+
+    warnings.simplefilter("ignore")
+    logging.disable_progress_bar()
+    keep_freed_memory()
 
 
 def _line(done: Done) -> str:

@@ -13,6 +13,7 @@ from statistics import median, stdev
 from typing import Any
 
 from loki.errors import ArtefactError
+from loki.evaluation.benchmarks.table import expand
 from loki.evaluation.forgetting import forgetting
 from loki.evaluation.scores import Difference, ItemScores, compare
 from loki.results import Result, finite
@@ -92,16 +93,19 @@ def collect(settings: StudySettings, results: Mapping[Run, Result]) -> Result:
         raise ArtefactError("the base of this study is not scored yet: run the study first")
     base = scores_of(results[BASE])
     losses = {run: held_out_loss(result) for run, result in results.items()}
+    asked = [task for task in expand(settings.evaluate.benchmarks) if task in base]
+    above = [task for task in asked if base[task].is_above_chance]
     outcomes = [
-        outcome for name in settings.methods if (outcome := _outcome(settings, name, results, losses, base)) is not None
+        outcome
+        for name in settings.methods
+        if (outcome := _outcome(settings, name, results, losses, base, above)) is not None
     ]
-    above = [task for task, scores in base.items() if scores.chance is not None and scores.is_above_chance]
     figures = {
         "title": settings.title,
         "task": next(iter(base_task(settings, base)), None),
         "base": {task: _measure(scores) for task, scores in base.items()},
         "above_chance": above,
-        "at_chance": [task for task, scores in base.items() if scores.chance is not None and task not in above],
+        "at_chance": [task for task in asked if task not in above],
         "num_runs": len(results),
         "hours": round(sum(_seconds(result) for result in results.values()) / 3600, 2),
         "methods": [outcome.as_dict() for outcome in outcomes],
@@ -121,7 +125,7 @@ def scores_of(result: Result) -> dict[str, ItemScores]:
 
 def base_task(settings: StudySettings, base: Mapping[str, ItemScores]) -> Sequence[str]:
     """The tasks that are neither benchmarks nor texts: those that are learned, the main one first."""
-    known = {HELD_OUT, *settings.evaluate.benchmarks}
+    known = {HELD_OUT, *expand(settings.evaluate.benchmarks)}
     return [task for task in base if task not in known and not task.endswith(TEXT_ENDINGS)]
 
 
@@ -131,6 +135,7 @@ def _outcome(
     results: Mapping[Run, Result],
     losses: Mapping[Run, float],
     base: Mapping[str, ItemScores],
+    counted: Sequence[str],
 ) -> Outcome | None:
     method = settings.methods[name]
     rate = chosen_rate(settings, name, losses)
@@ -143,9 +148,8 @@ def _outcome(
         return None
     by_seed = [scores_of(results[run]) for run in done]
     scored = {task: _scored(base.get(task), [scores[task] for scores in by_seed]) for task in by_seed[0]}
-    counted = [task for task in scored if task in base and base[task].chance is not None and base[task].is_above_chance]
     lost = None
-    if counted:
+    if counted and all(task in scored for task in counted):
         lost = forgetting(
             {task: scored[task].difference.before.value for task in counted},
             {task: scored[task].difference.after.value for task in counted},
