@@ -9,14 +9,12 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
-from packaging.version import Version
 from tiny import NUM_LAYERS, NUM_ROWS, make_model, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -271,8 +269,6 @@ def test_a_device_map_changes_no_score(analyse, tmp_path, expected_scores):
         "both": {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu", "lm_head": "cpu"}
         | {"model.layers.2": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu"},
     }
-    if Version(version("accelerate")) < Version("1.15"):
-        del maps["disk"]  # which it refuses: something has to be elsewhere
     fingerprints = []
     for name, places in maps.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(places))
@@ -282,7 +278,7 @@ def test_a_device_map_changes_no_score(analyse, tmp_path, expected_scores):
         fingerprints.append(log["header"]["model"])
     log = analyse("--device-map", "auto")
     np.testing.assert_allclose(log["dataset"], expected, rtol=1e-6, atol=1e-6)
-    assert fingerprints == [log["header"]["model"]] * len(maps)  # so that a log may be finished on another machine
+    assert fingerprints == [log["header"]["model"]] * 3  # so that a log may be finished on another machine
 
 
 def test_a_launcher_and_a_device_map_go_together(analyse, monkeypatch, expected_scores):

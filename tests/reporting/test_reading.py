@@ -102,7 +102,9 @@ def test_page_of_a_log_stands_beside_it(make_log, tmp_path):
 
 def test_bad_input_is_refused_in_one_line(make_log, tmp_path):
     log_path, paths = make_log()
-    with pytest.raises(InputError, match=r"no-such does not exist: name the directory of a finished `loki run`, an attr"):
+    with pytest.raises(
+        InputError, match=r"no-such does not exist: name the directory of a finished `loki run`, an attr"
+    ):
         report(tmp_path / "no-such")
     with pytest.raises(InputError, match=r"has no summary\.json: name the directory of a finished `loki run`"):
         report(tmp_path)

@@ -93,7 +93,7 @@ def collect(settings: StudySettings, results: Mapping[Run, Result]) -> Result:
         raise ArtefactError("the base of this study is not scored yet: run the study first")
     base = scores_of(results[BASE])
     losses = {run: held_out_loss(result) for run, result in results.items()}
-    asked = [task for task in expand(settings.evaluate.benchmarks) if task in base]
+    asked = [task for task in _benchmarks(settings) if task in base]
     above = [task for task in asked if base[task].is_above_chance]
     outcomes = [
         outcome
@@ -125,8 +125,14 @@ def scores_of(result: Result) -> dict[str, ItemScores]:
 
 def base_task(settings: StudySettings, base: Mapping[str, ItemScores]) -> Sequence[str]:
     """The tasks that are neither benchmarks nor texts: those that are learned, the main one first."""
-    known = {HELD_OUT, *expand(settings.evaluate.benchmarks)}
+    known = {HELD_OUT, *_benchmarks(settings)}
     return [task for task in base if task not in known and not task.endswith(TEXT_ENDINGS)]
+
+
+def _benchmarks(settings: StudySettings) -> list[str]:
+    """By their own names, where the settings name groups."""
+    named = settings.evaluate.benchmarks
+    return expand(named) if named else []
 
 
 def _outcome(

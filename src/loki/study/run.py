@@ -6,11 +6,13 @@ import math
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftModel
+from pydantic import BaseModel
 from transformers.pytorch_utils import Conv1D
 
 from loki.architecture import projections, shape_of
@@ -54,13 +56,17 @@ class Workplace:
 
 
 def identity(settings: StudySettings, run: Run) -> dict[str, Any]:
-    """All that decides a run's figures, as JSON: a finished run of another identity is not this one."""
-    shared = settings.model_dump(mode="json", exclude={"title", "data_dir", "analyses", "methods", "device"})
+    """All that decides a run's figures, as JSON: a finished run of another identity is not this one.
+
+    Settings at their defaults are left out, so that a new one does not disown what was finished without it.
+    """
+    dump = partial(BaseModel.model_dump, mode="json", exclude_defaults=True)
+    shared = dump(settings, exclude={"title", "data_dir", "analyses", "methods", "device"})
     method = settings.methods.get(run.method)
     analyses = {}
     if method is not None:
         names = {method.calibration, method.rows.log if method.rows else None} - {None}
-        analyses = {name: settings.analyses[name].model_dump(mode="json") for name in sorted(map(str, names))}
+        analyses = {name: dump(settings.analyses[name]) for name in sorted(map(str, names))}
     train = shared.pop("train")
     if run.phase == "screen":
         train["steps"] = train.pop("screen_steps")
@@ -68,9 +74,7 @@ def identity(settings: StudySettings, run: Run) -> dict[str, Any]:
     return {
         **shared,
         **({} if run.phase in ("base", "suppress") else {"train": train}),
-        "method": None
-        if method is None
-        else method.model_dump(mode="json", exclude={"label", "learning_rates", "seeds"}),
+        "method": None if method is None else dump(method, exclude={"label", "learning_rates", "seeds"}),
         "analyses": analyses,
         "phase": run.phase,
         "learning_rate": run.learning_rate,

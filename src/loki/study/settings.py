@@ -39,6 +39,8 @@ class TaskSection(_Section):
     """Longer examples are left out."""
     max_new_tokens: int = Field(default=96, ge=1)
     """Of a reply."""
+    passage_tokens: int = Field(default=128, ge=1)
+    """To which passages are cut."""
 
 
 class TrainSection(_Section):

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from loki.errors import InputError
 from loki.evaluation.bfcl import answer_bfcl, score_bfcl
+from loki.evaluation.reranking import rank_passages, score_rankings
 from loki.evaluation.scores import ItemScores
 from loki.progress import Track
 from loki.prompts.bfcl import load_requests
+from loki.prompts.reranking import load_passages, load_queries, make_relevance_examples
 from loki.study.settings import TaskName, TaskSection
 
 if TYPE_CHECKING:
@@ -67,6 +69,27 @@ def _function_calling(section: TaskSection, data_dir: Path, tokenizer: PreTraine
     return Task(examples[: section.examples], examples[section.examples :], score)
 
 
+def _reranking(section: TaskSection, data_dir: Path, tokenizer: PreTrainedTokenizerBase) -> Task:
+    passages = load_passages(data_dir / "rerank/scifact_corpus.jsonl.gz")
+    cut = section.passage_tokens
+    found = make_relevance_examples(
+        load_queries(data_dir / "rerank/scifact_train.jsonl"),
+        passages,
+        tokenizer,
+        passage_tokens=cut,
+        count=section.examples + section.held_out,
+    )
+    examples = [example.as_prompt_completion() for example in found]
+    test = load_queries(data_dir / "rerank/scifact_test.jsonl", count=section.requests)
+
+    def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, track: Track) -> list[ItemScores]:
+        scores = score_rankings(rank_passages(model, tokenizer, test, passages, passage_tokens=cut, track=track))
+        return [scores.pop("scifact_ndcg@10"), *scores.values()]
+
+    return Task(examples[: section.examples], examples[section.examples :], score)
+
+
 _TASKS: Mapping[TaskName, Callable[[TaskSection, Path, PreTrainedTokenizerBase], Task]] = {
     "function-calling": _function_calling,
+    "reranking": _reranking,
 }

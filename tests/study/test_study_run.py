@@ -1,0 +1,192 @@
+"""Runs of a study on a tiny model, with invented data."""
+
+import gzip
+import json
+import math
+
+import pytest
+import torch
+from tiny import NUM_COLUMNS, NUM_LAYERS
+
+from loki.errors import ArtefactError, InputError
+from loki.models import load_model
+from loki.study.collect import collect, scores_of
+from loki.study.conduct import Study
+from loki.study.plan import BASE, Run
+from loki.study.run import Workplace, carry_out, held_out_loss
+from loki.study.settings import load_study, smoke
+
+LORA_TARGETS = 7
+
+
+def request(number, *, call=True):
+    name = f"find_{number}"
+    return {
+        "id": f"simple_{number}",
+        "category": "simple" if call else "irrelevance",
+        "functions": [{"name": name, "description": "Find.", "parameters": {"type": "dict", "properties": {}}}],
+        "messages": [{"role": "user", "content": f"find {number}"}],
+        "answer": f"[{name}()]" if call else None,
+        "ground_truth": [{name: {}}] if call else None,
+    }
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+
+
+@pytest.fixture
+def study(write_study, model_dir, tmp_path):
+    """Settings of a study that the tiny model can go through."""
+    write_rows(tmp_path / "toolcall/bfcl_train.jsonl.gz", [request(number) for number in range(12)])
+    write_rows(
+        tmp_path / "toolcall/bfcl_test.jsonl.gz", [request(number, call=number != 31) for number in range(30, 34)]
+    )
+    texts = [{"id": f"t{number}", "text": f"text number {number} has words" + " and more" * 10} for number in range(20)]
+    write_rows(tmp_path / "text/c4_demo.jsonl", texts)
+    rows = {"strategy": "random", "quota": 10}
+    methods = {
+        "full": {"kind": "full", "label": "full", "learning_rates": [1e-3]},
+        "lora": {"kind": "lora", "label": "LoRA", "rank": 2, "learning_rates": [1e-2]},
+        "pissa": {"kind": "lora", "label": "PiSSA", "rank": 2, "variant": "pissa", "learning_rates": [1e-2]},
+        "rows": {"kind": "loki", "label": "rows", "rows": rows, "learning_rates": [1e-2]},
+        "star": {"kind": "loki", "label": "rows", "rank": 1, "rows": rows, "learning_rates": [1e-2]},
+        "zeroed": {"kind": "suppress", "label": "zeroed", "rows": rows},
+        "elected": {"kind": "loki", "label": "elected", "rows": {"quota": 10, "log": "mine"}, "learning_rates": [1e-2]},
+    }
+
+    def make(**changes):
+        return load_study(
+            write_study(
+                model=str(model_dir),
+                dtype="float32",
+                task={"examples": 8, "held_out": 3, "requests": 4, "max_tokens": 600, "max_new_tokens": 4},
+                train={"steps": 3, "screen_steps": 1, "batch_size": 2},
+                evaluate={"texts": {"c4": 60}},
+                analyses={"mine": {"corpora": ["c4"], "num_prompts": 2, "steps": 2}},
+                methods=methods,
+                **changes,
+            )
+        )
+
+    return make()
+
+
+def done(study, tmp_path, method, phase="whole"):
+    rates = study.methods[method].learning_rates if method != "base" else ()
+    return carry_out(Workplace(study, tmp_path), Run(method, phase, *rates))
+
+
+def test_the_base_is_only_scored(study, tmp_path):
+    scores = scores_of(done(study, tmp_path, "base", "base"))
+    assert list(scores) == [
+        "held_out",
+        "c4_loss",
+        "bfcl_calls",
+        "bfcl",
+        "bfcl_single",
+        "bfcl_non_live",
+        "bfcl_irrelevance",
+    ]
+    assert len(scores["held_out"].ids) == 3
+    assert len(scores["bfcl_calls"].ids) == 3
+    # A random model is far from these texts, byte by byte.
+    assert scores["c4_loss"].mean.value > math.log(20)
+
+
+@pytest.mark.parametrize(
+    ("method", "num_trainable"),
+    [
+        ("full", None),
+        ("rows", NUM_LAYERS * 2 * NUM_COLUMNS),
+        ("star", NUM_LAYERS * (2 + NUM_COLUMNS)),
+    ],
+)
+def test_a_trained_model_has_learned_and_moved(study, tmp_path, model_dir, method, num_trainable):
+    before, after = done(study, tmp_path, "base", "base"), done(study, tmp_path, method)
+    if num_trainable is None:
+        num_trainable = sum(p.numel() for p in load_model(str(model_dir), dtype="float32").parameters())
+    figures = after.figures
+    assert figures["num_trainable"] == num_trainable
+    assert figures["saved_bytes"] >= 4 * num_trainable
+    assert figures["seconds_per_step"] > 0
+    assert figures["train_seconds"] >= 0
+    assert figures["peak_memory_mib"] > 50
+    assert held_out_loss(after) < held_out_loss(before)
+    kl = scores_of(after)["c4_kl"].mean.value
+    assert kl > 0
+
+
+def test_what_changes_the_base_itself_is_compared_with_the_first_base(study, tmp_path):
+    """PiSSA takes its adapter's beginning out of the base: without the adapter that is another model."""
+    found = scores_of(done(study, tmp_path, "pissa"))
+    plain = scores_of(done(study, tmp_path, "lora"))
+    assert 0 < found["c4_kl"].mean.value < 3
+    assert 0 < plain["c4_kl"].mean.value < 3
+
+
+def test_a_short_run_is_scored_on_held_out_examples_only(study, tmp_path):
+    result = done(study, tmp_path, "rows", "screen")
+    assert list(scores_of(result)) == ["held_out"]
+
+
+def test_the_same_run_gives_the_same_figures(study, tmp_path):
+    first, second = (scores_of(done(study, tmp_path, "rows")) for _ in range(2))
+    assert first == second
+    rate = study.methods["rows"].learning_rates[0]
+    other = carry_out(Workplace(study, tmp_path), Run("rows", "whole", rate, seed=1))
+    assert scores_of(other)["held_out"] != first["held_out"]
+
+
+def test_rows_at_zero(study, tmp_path):
+    result = done(study, tmp_path, "zeroed", "suppress")
+    assert result.figures["num_suppressed_rows"] == NUM_LAYERS * 2
+    scores = scores_of(result)
+    assert scores["c4_kl"].mean.value > 0
+    assert "bfcl" not in scores
+
+
+def test_rows_from_an_analysis_that_is_not_there(study, tmp_path):
+    with pytest.raises(ArtefactError, match=r"mine.h5 does not exist: run the study's analyses first"):
+        done(study, tmp_path, "elected")
+
+
+def test_a_training_that_comes_apart_has_no_loss(study, tmp_path):
+    methods = {**study.methods, "full": study.methods["full"].model_copy(update={"learning_rates": (1e12,)})}
+    wild = study.model_copy(update={"methods": methods})
+    result = carry_out(Workplace(wild, tmp_path), Run("full", "whole", 1e12))
+    # Nothing more is asked of it, and JSON can hold what there is.
+    assert held_out_loss(result) == math.inf or held_out_loss(result) > 20
+    json.dumps(result.figures, allow_nan=False)
+
+
+def test_too_few_examples(study, tmp_path):
+    short = study.model_copy(update={"task": study.task.model_copy(update={"examples": 90})})
+    with pytest.raises(InputError, match="93 requests are more than the 12 of at most 600 tokens"):
+        done(short, tmp_path, "base", "base")
+
+
+def test_a_whole_study_in_processes_of_their_own(study, tmp_path):
+    """One run killed by another error than ours would not stop the rest; here all go through."""
+    work = Study(study, tmp_path / "out", ["rows", "elected", "zeroed"])
+    work.conduct(workers=2)
+    assert not work.failed
+    names = {run.method for run in work.results}
+    assert names == {"base", "rows", "elected", "zeroed"}
+    found = collect(study, work.results)
+    assert sorted(method["name"] for method in found.figures["methods"]) == ["elected", "rows", "zeroed"]
+    assert found.figures["task"] == "bfcl_calls"
+    here = carry_out(Workplace(study, tmp_path), BASE)
+    assert scores_of(here) == scores_of(work.results[BASE])
+
+
+def test_a_smoke_test_has_every_method_and_next_to_no_work(study, tmp_path):
+    small = smoke(study)
+    assert small.methods.keys() == study.methods.keys()
+    assert (small.train.steps, small.train.screen_steps) == (2, 1)
+    work = Study(small, tmp_path / "out", ["lora", "zeroed"])
+    work.conduct(workers=None)
+    assert len(work.results) == 3
+    assert torch.get_num_threads() == 1
