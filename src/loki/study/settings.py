@@ -192,7 +192,7 @@ def smoke(settings: StudySettings) -> StudySettings:
     short = {"learning_rates": 1, "seeds": 1}
     return settings.model_copy(
         update={
-            "task": settings.task.model_copy(update={"examples": 4, "held_out": 2, "requests": 2}),
+            "task": settings.task.model_copy(update={"examples": 4, "held_out": 2, "requests": 2, "max_new_tokens": 4}),
             "train": settings.train.model_copy(
                 update={"steps": 2, "screen_steps": 1, "batch_size": 2, "warmup_steps": 0}
             ),
