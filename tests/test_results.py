@@ -43,15 +43,16 @@ def test_a_result_says_which_versions_and_schema_made_it(tmp_path):
     assert {"torch", "transformers", "peft"} <= values["versions"].keys()
 
 
-@pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, str(SCHEMA_VERSION), None])
+@pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, str(SCHEMA_VERSION)])
 def test_another_schema_is_refused(tmp_path, version):
     with pytest.raises(ArtefactError, match=rf"another schema: this version reads {SCHEMA_VERSION}; run again"):
         Result.load(saved(tmp_path, schema_version=version))
 
 
-def test_a_file_that_is_no_object_is_refused(tmp_path):
-    (tmp_path / "result.json").write_text("[]")
-    with pytest.raises(ArtefactError, match="another schema"):
+@pytest.mark.parametrize("text", ["[]", "{}", '{"a": 1}', "3"])
+def test_a_file_that_is_no_result_is_refused(tmp_path, text):
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(ArtefactError, match=r"result\.json is not a result of loki: name a file such as study\.json"):
         Result.load(tmp_path / "result.json")
 
 

@@ -77,7 +77,9 @@ class Result:
             ArtefactError: missing, not JSON, or of another schema.
         """
         values = read_json(path, what="result")
-        if not isinstance(values, dict) or values.get("schema_version") != SCHEMA_VERSION:
+        if not isinstance(values, dict) or "schema_version" not in values:
+            raise ArtefactError(f"{path} is not a result of loki: name a file such as study.json or evaluate.json")
+        if values["schema_version"] != SCHEMA_VERSION:
             raise ArtefactError(f"result {path} has another schema: this version reads {SCHEMA_VERSION}; run again")
         try:
             comparisons = tuple(_comparison(row) for row in values.pop("comparisons"))

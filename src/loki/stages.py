@@ -253,7 +253,7 @@ def report(
     output = output or path / REPORT_FILE
     for place in [output] if figures_dir is None else [output, figures_dir / output.name]:
         require_writable_parent(place)
-    if path.suffix == ".json":
+    if path.is_file() and path.suffix == ".json":
         if positions:
             raise InputError(f"{path} is a study's result, which has no positions to compare: leave --positions out")
         data = study_report(Result.load(path))

@@ -108,8 +108,12 @@ def test_bad_input_is_refused_in_one_line(make_log, tmp_path):
         report(tmp_path / "no-such")
     with pytest.raises(InputError, match=r"has no summary\.json: name the directory of a finished `loki run`"):
         report(tmp_path)
-    with pytest.raises(ArtefactError, match="is damaged or not HDF5"):
+    with pytest.raises(ArtefactError, match=r"10\.json is not a result of loki: name a file such as study\.json"):
         report(paths[0])
+    text_path = tmp_path / "text.h5"
+    text_path.write_text("[[1], [2], [40]]")
+    with pytest.raises(ArtefactError, match="is damaged or not HDF5"):
+        report(text_path)
     paths[1].write_text("[[1], [2], [40]]")
     with pytest.raises(
         ArtefactError, match=r"positions file .*25\.json: layer 2 names row 40, but the model's rows are"
