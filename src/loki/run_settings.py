@@ -11,7 +11,7 @@ from loki.analysis.settings import KVASettings
 from loki.choices import DtypeName, EngineName, Objective, Rule, SiteName, StrategyName
 from loki.errors import InputError
 from loki.selection.quota import parse_quota
-from loki.training.config import BudgetSection, read_settings
+from loki.training.config import BudgetSection, first_mistake, read_settings
 from loki.training.settings import AnswersName, ReporterName, TrainSettings
 
 
@@ -131,10 +131,7 @@ def load_settings(path: Path, *, output_dir: Path | None = None) -> RunSettings:
     try:
         settings = RunSettings.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        given = "" if first["type"] == "missing" else f", got {first['input']!r}"
-        raise InputError(f"settings file {path}: {name}: {first['msg'].lower()}{given}") from error
+        raise InputError(f"settings file {path}: {first_mistake(error)}") from error
     # What the stages would refuse is refused before the first one starts.
     settings.analyse.settings()
     settings.train.settings(settings.seed)

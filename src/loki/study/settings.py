@@ -12,7 +12,7 @@ from loki.analysis.settings import KVASettings
 from loki.choices import DtypeName, Objective, Rule, StrategyName
 from loki.errors import InputError
 from loki.selection.quota import parse_quota
-from loki.training.config import read_settings
+from loki.training.config import first_mistake, read_settings
 
 Kind = Literal["full", "lora", "osf", "shira", "miss", "loki", "suppress"]
 TaskName = Literal["function-calling", "reranking"]
@@ -172,10 +172,7 @@ def load_study(path: Path, *, data_dir: Path | None = None) -> StudySettings:
     try:
         settings = StudySettings.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        given = "" if first["type"] == "missing" else f", got {first['input']!r}"
-        raise InputError(f"study {path}: {name}: {first['msg'].lower()}{given}") from error
+        raise InputError(f"study {path}: {first_mistake(error)}") from error
     if not settings.methods:
         raise InputError(f"study {path} has no methods: name at least one")
     for analysis in settings.analyses.values():

@@ -108,9 +108,17 @@ def load_train_config(path: Path | None, options: Mapping[str, Any]) -> TrainCon
             option = f"--{name.replace('_', '-')}"
             raise InputError(f"{name} is missing: give {option}, or `{name}: …` in a settings file") from error
         where = "options" if name in given or path is None else f"settings file {path}"
-        raise InputError(f"{where}: {name}: {first['msg'].lower()}, got {first['input']!r}") from error
+        raise InputError(f"{where}: {first_mistake(error)}") from error
     config.settings()
     return config
+
+
+def first_mistake(error: ValidationError) -> str:
+    """The first setting that is wrong, why, and what was given: `train.steps: field required`."""
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    given = "" if first["type"] == "missing" else f", got {first['input']!r}"
+    return f"{name}: {first['msg'].lower()}{given}"
 
 
 def read_settings(path: Path) -> dict[str, Any]:
