@@ -39,7 +39,7 @@ test: install
 	$(BIN)/python -m pytest --numprocesses 2
 
 test-real: install
-	$(BIN)/python -m pytest -m real
+	$(BIN)/python -m pytest -m real --numprocesses 2
 
 test-data: install
 	$(BIN)/python -m pytest tests -m data --data-dir $(DATA_DIR)

@@ -1,0 +1,54 @@
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loki.errors import InputError
+from loki.reporting.fronts import Point, front, front_chart
+
+
+def point(learned, forgotten, label="a"):
+    return Point(label, "other", float(learned), float(forgotten))
+
+
+def test_a_front_by_hand():
+    """Of five runs two are beaten: one by less forgotten for as much, one by more learned for less."""
+    best = [point(10, 1), point(20, 2), point(30, 4)]
+    beaten = [point(20, 3), point(5, 4)]
+    assert front([*beaten, *reversed(best)]) == best
+
+
+def test_equal_runs_do_not_beat_each_other():
+    assert len(front([point(1, 1, "a"), point(1, 1, "b")])) == 2
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(1, 6)), min_size=1, max_size=12))
+def test_a_front_rises_and_beats_all_others(pairs):
+    points = [point(*pair) for pair in pairs]
+    found = front(points)
+    assert found
+    for one, other in pairwise(found):
+        assert (one.forgotten < other.forgotten and one.learned < other.learned) or (
+            one.forgotten == other.forgotten and one.learned == other.learned
+        )
+    for one in points:
+        assert one in found or any(
+            other.learned >= one.learned and other.forgotten <= one.forgotten and other != one for other in found
+        )
+
+
+def test_the_chart_names_every_label_once():
+    points = [Point("LoKI", "loki", 10, 0.01), Point("LoKI", "loki", 12, 0.02), Point("LoRA", "other", 11, 0.1)]
+    picture = front_chart(points, learned="task, %", forgotten="KL", title="Front")
+    svg = picture.inline()
+    assert svg.count(">LoKI<") == svg.count(">LoRA<") == 1
+    assert "task, %" in svg
+    assert 'aria-label="Front"' in svg
+
+
+def test_what_cannot_be_drawn_is_named():
+    with pytest.raises(InputError, match="there is no run to draw: run the study first"):
+        front_chart([], learned="", forgotten="", title="")
+    with pytest.raises(InputError, match="'a' forgot 0: a logarithmic axis takes what is above 0"):
+        front_chart([point(1, 0)], learned="", forgotten="", title="")
