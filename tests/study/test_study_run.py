@@ -47,11 +47,18 @@ def study(write_study, model_dir, tmp_path):
     texts = [{"id": f"t{number}", "text": f"text number {number} has words" + " and more" * 10} for number in range(20)]
     write_rows(tmp_path / "text/c4_demo.jsonl", texts)
     rows = {"strategy": "random", "quota": 10}
+    corda = {"kind": "lora", "label": "CorDA", "rank": 2, "variant": "corda", "calibration": "mine"}
     methods = {
         "full": {"kind": "full", "label": "full", "learning_rates": [1e-3]},
         "lora": {"kind": "lora", "label": "LoRA", "rank": 2, "learning_rates": [1e-2]},
         "pissa": {"kind": "lora", "label": "PiSSA", "rank": 2, "variant": "pissa", "learning_rates": [1e-2]},
         "rows": {"kind": "loki", "label": "rows", "rows": rows, "learning_rates": [1e-2]},
+        "dora": {"kind": "lora", "label": "DoRA", "rank": 2, "variant": "dora", "learning_rates": [1e-2]},
+        "rslora": {"kind": "lora", "label": "rsLoRA", "rank": 2, "variant": "rslora", "learning_rates": [1e-2]},
+        "corda": {**corda, "learning_rates": [1e-2]},
+        "shira": {"kind": "shira", "label": "SHiRA", "rank": 2, "learning_rates": [1e-2]},
+        "miss": {"kind": "miss", "label": "MiSS", "rank": 2, "targets": "ffn", "learning_rates": [1e-2]},
+        "osf": {"kind": "osf", "label": "OSF", "learning_rates": [1e-2]},
         "star": {"kind": "loki", "label": "rows", "rank": 1, "rows": rows, "learning_rates": [1e-2]},
         "zeroed": {"kind": "suppress", "label": "zeroed", "rows": rows},
         "elected": {"kind": "loki", "label": "elected", "rows": {"quota": 10, "log": "mine"}, "learning_rates": [1e-2]},
@@ -72,6 +79,11 @@ def study(write_study, model_dir, tmp_path):
         )
 
     return make()
+
+
+@pytest.fixture
+def base_loss(study, tmp_path):
+    return held_out_loss(done(study, tmp_path, "base", "base"))
 
 
 def done(study, tmp_path, method, phase="whole"):
@@ -125,6 +137,16 @@ def test_what_changes_the_base_itself_is_compared_with_the_first_base(study, tmp
     plain = scores_of(done(study, tmp_path, "lora"))
     assert 0 < found["c4_kl"].mean.value < 3
     assert 0 < plain["c4_kl"].mean.value < 3
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # SHiRA's
+@pytest.mark.parametrize("method", ["dora", "rslora", "corda", "shira", "miss", "osf"])
+def test_rivals_learn_and_move_too(study, tmp_path, base_loss, method):
+    result = done(study, tmp_path, method)
+    assert held_out_loss(result) < base_loss
+    assert scores_of(result)["c4_kl"].mean.value > 0
+    full = sum(p.numel() for p in load_model(study.model, dtype="float32").parameters())
+    assert 0 < result.figures["num_trainable"] < full
 
 
 def test_a_short_run_is_scored_on_held_out_examples_only(study, tmp_path):

@@ -41,13 +41,14 @@ def peft_config(method: MethodSection, setup: Setup) -> PeftConfig | None:
 
 def _lora(method: MethodSection, setup: Setup) -> LoraConfig:
     from peft import LoraConfig
+    from peft.tuners.lora.config import CordaConfig
 
     options: Mapping[str, dict[str, Any]] = {
         "plain": {},
         "rslora": {"use_rslora": True},
         "dora": {"use_dora": True},
         "pissa": {"init_lora_weights": f"pissa_niter_{PISSA_ITERATIONS}"},
-        "corda": {"init_lora_weights": "corda"},
+        "corda": {"init_lora_weights": "corda", "corda_config": CordaConfig(corda_method="kpm")},
     }
     alpha = method.rank if method.variant in ("pissa", "corda") else ALPHA_PER_RANK * method.rank
     config = LoraConfig(
@@ -65,7 +66,6 @@ def _lora(method: MethodSection, setup: Setup) -> LoraConfig:
 def _calibrate(config: LoraConfig, setup: Setup) -> None:
     """CorDA in its knowledge-preserving mode: the adapter takes the directions that the texts use least."""
     import torch
-    from peft.tuners.lora.config import CordaConfig
     from peft.tuners.lora.corda import preprocess_corda
 
     def read() -> None:
@@ -73,7 +73,6 @@ def _calibrate(config: LoraConfig, setup: Setup) -> None:
             for ids_1T in setup.calibration:
                 setup.model(input_ids=ids_1T.to(setup.model.device), use_cache=False)
 
-    config.corda_config = CordaConfig(corda_method="kpm")
     preprocess_corda(setup.model, config, run_model=read)
 
 
