@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from loki.errors import InputError
 from loki.reporting.drawing import ACCENT, HIGH, INK, LOW, WIDTH, Picture, new_axes, new_figure, nice_ticks, put_text
+from loki.reporting.numbers import format_number
 
 FAMILIES = {"loki": ACCENT, "random": HIGH, "other": LOW}
 """Colours of the points: rows chosen by attribution, rows drawn at random, and other projects' methods."""
@@ -55,6 +56,8 @@ def front_chart(points: Sequence[Point], *, learned: str, forgotten: str, title:
     if not all(point.forgotten > 0 for point in points):
         odd = next(point for point in points if not point.forgotten > 0)
         raise InputError(f"{odd.label!r} forgot {odd.forgotten:g}: a logarithmic axis takes what is above 0")
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     height, box = 380.0, (52.0, 34.0, WIDTH - 72.0, 290.0)
     figure = new_figure(height)
     axes = new_axes(figure, box)
@@ -94,6 +97,9 @@ def front_chart(points: Sequence[Point], *, learned: str, forgotten: str, title:
             color=FAMILIES[place.family],
         )
     axes.margins(x=0.16, y=0.1)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(lambda value, _place: format_number(value, 1))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_locator(nice_ticks(5))
     put_text(figure, 4, 14, learned)
     put_text(figure, WIDTH - 4, 14, "line: the front", ha="right", alpha=0.8)
