@@ -12,6 +12,7 @@ from loki.errors import ArtefactError, InputError
 from loki.models import load_model
 from loki.study.collect import collect, scores_of
 from loki.study.conduct import Study
+from loki.study.forecast import forecast
 from loki.study.plan import BASE, Run
 from loki.study.run import Workplace, carry_out, held_out_loss
 from loki.study.settings import load_study, smoke
@@ -202,6 +203,15 @@ def test_a_whole_study_in_processes_of_their_own(study, tmp_path):
     assert found.figures["task"] == "bfcl_calls"
     here = carry_out(Workplace(study, tmp_path), BASE)
     assert scores_of(here) == scores_of(work.results[BASE])
+
+
+def test_a_plan_needs_no_attribution_log(study, tmp_path):
+    """A method of elected rows is timed with as many random ones."""
+    methods = {"elected": study.methods["elected"]}
+    found = forecast(Study(study.model_copy(update={"methods": methods}), tmp_path / "out"))
+    assert found.seconds_per_step > 0
+    assert (found.num_runs, found.num_done) == (2, 1)
+    assert found.hours_left == pytest.approx((3 * found.seconds_per_step + found.evaluation_seconds) / 3600)
 
 
 def test_a_smoke_test_has_every_method_and_next_to_no_work(study, tmp_path):

@@ -9,6 +9,7 @@ from loki.results import Result
 from loki.study.conduct import Study
 from loki.study.plan import BASE, Run, num_runs, runs_by_phase
 from loki.study.run import Workplace, carry_out
+from loki.study.settings import RowsSection
 
 TIMED_STEPS = 3
 
@@ -53,14 +54,17 @@ def forecast(study: Study) -> Forecast:
 
 
 def _timed_step(study: Study) -> float:
+    """Seconds of a step of the first method that trains; which rows it trains changes no cost, so no log is needed."""
     settings = study.settings
-    short = settings.train.model_copy(update={"screen_steps": TIMED_STEPS})
-    trained = (name for name, method in settings.methods.items() if method.kind not in ("suppress", "loki"))
-    name = next(trained, None)
-    if name is None:
+    first = next(((name, method) for name, method in settings.methods.items() if method.learning_rates), None)
+    if first is None:
         return 0.0
-    rate = settings.methods[name].learning_rates[0]
-    place = Workplace(settings.model_copy(update={"train": short}), study.folder)
-    result: Result = carry_out(place, Run(name, "screen", rate))
+    name, method = first
+    if method.rows is not None:
+        rows = RowsSection(strategy="random", quota=method.rows.quota, layers=method.rows.layers)
+        method = method.model_copy(update={"rows": rows})
+    short = {"train": settings.train.model_copy(update={"screen_steps": TIMED_STEPS}), "methods": {name: method}}
+    place = Workplace(settings.model_copy(update=short), study.folder)
+    result: Result = carry_out(place, Run(name, "screen", method.learning_rates[0]))
     found: float = result.figures["seconds_per_step"]
     return found
