@@ -47,6 +47,20 @@ def test_the_chart_names_every_label_once():
     assert 'aria-label="Front"' in svg
 
 
+def test_points_of_a_run_are_joined_and_the_whole_is_named():
+    plain = [Point("LoKI", "loki", 10, 0.01)]
+    part = Point("LoKI", "loki", 12, 0.005, "LoKI 0", is_part=True)
+    joined = [Point("LoKI", "loki", 10, 0.01, "LoKI 0"), part]
+    options = {"learned": "task", "forgotten": "KL", "title": "Front"}
+    figures = [front_chart(points, **options).figure for points in (plain, joined)]
+    lines = [len(figure.axes[0].lines) for figure in figures]
+    assert lines[1] == lines[0] + 1
+    path = figures[1].axes[0].lines[-1].get_xydata().tolist()
+    assert path == [[0.005, 12.0], [0.01, 10.0]]
+    (label,) = (text for text in figures[1].axes[0].texts if text.get_text() == "LoKI")
+    assert label.xy == (0.01, 10)
+
+
 def test_what_cannot_be_drawn_is_named():
     with pytest.raises(InputError, match="there is no run to draw: run the study first"):
         front_chart([], learned="", forgotten="", title="")

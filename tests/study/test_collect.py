@@ -127,3 +127,31 @@ def test_without_the_base_there_is_nothing_to_compare_with(settings, results):
     del results[BASE]
     with pytest.raises(ArtefactError, match="the base of this study is not scored yet: run the study first"):
         collect(settings, results)
+
+
+def test_parts_of_a_change_are_told_run_by_run(settings, results):
+    part = [scores("calls", [1, 0, 0, 0]), scores("wiki_kl", [0.1, 0.1], **LOSS), scores("wiki_loss", [2, 2], **LOSS)]
+    results[Run("full", "whole", 1e-3, 1)].figures["scaled"] = [
+        {"scale": 0.5, "scores": [finite(score.as_dict()) for score in part]}
+    ]
+    (method,) = collect(settings, results).figures["methods"]
+    (told,) = method["scaled"]
+    assert told == {"seed": 1, "scale": 0.5, "calls": 25.0, "wiki_kl": pytest.approx(0.1), "wiki_loss": 2.0}
+
+
+def test_methods_are_compared_at_the_score_of_the_reference(write_study, results):
+    """The mean of two seeds gets 37.5 % of the calls for 0.3 nats: nine tenths of it are had for nine tenths."""
+    evaluate = {"benchmarks": ["arc_easy", "mmlu"], "texts": {"wiki": 10}}
+    figures = collect(load_study(write_study(evaluate=evaluate, reference="full")), results).figures
+    found = figures["equal_score"]
+    assert (found["reference"], found["target"]) == ("full", pytest.approx(33.75))
+    at = found["methods"]["full"]["wiki"]
+    assert at["forgotten"] == pytest.approx(0.27)
+    assert (at["ratio"], at["ratio_low"], at["ratio_high"]) == (1, 1, 1)
+
+
+def test_without_a_reference_nothing_is_compared(settings, results, write_study):
+    assert collect(settings, results).figures["equal_score"] is None
+    # It has not run yet.
+    later = load_study(write_study(evaluate={"texts": {"wiki": 10}}, reference="rows"))
+    assert collect(later, results).figures["equal_score"] is None

@@ -10,7 +10,8 @@ from tiny import NUM_COLUMNS, NUM_LAYERS
 
 from loki.errors import ArtefactError, InputError
 from loki.models import load_model
-from loki.study.collect import collect, scores_of
+from loki.study import tasks
+from loki.study.collect import collect, scaled_scores_of, scores_of
 from loki.study.conduct import Study
 from loki.study.forecast import forecast
 from loki.study.plan import BASE, Run
@@ -150,6 +151,47 @@ def test_rivals_learn_and_move_too(study, tmp_path, base_loss, method):
     assert 0 < result.figures["num_trainable"] < full
 
 
+def test_a_whole_run_is_a_front(study, tmp_path, base_loss):
+    """Half the change lies between the base and the whole, and is scored on the task and the texts alone."""
+    evaluate = study.evaluate.model_copy(update={"scales": (0.5,), "answers_dtype": "bfloat16"})
+    scaled = study.model_copy(update={"evaluate": evaluate})
+    result = done(scaled, tmp_path, "full")
+    (half,) = scaled_scores_of(result).values()
+    assert list(half) == ["c4_loss", "c4_kl", "bfcl_calls"]
+    whole, plain = scores_of(result), scores_of(done(study, tmp_path, "full"))
+    assert 0 < half["c4_kl"].mean.value < whole["c4_kl"].mean.value
+    # Texts are read in the dtype that was trained, whatever the one for answers.
+    assert whole["c4_kl"] == plain["c4_kl"]
+    assert "scaled" not in done(scaled, tmp_path, "full", "screen").figures
+    assert "scaled" not in done(scaled, tmp_path, "zeroed", "suppress").figures
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "rows"])
+def test_the_trainer_leaves_nothing_on_the_model_that_is_scored(study, tmp_path, method, monkeypatch):
+    """Autocast, for one, would round what is measured: trained at a rate of nearly nothing, nothing has moved."""
+    train = study.train.model_copy(update={"mixed_precision": True})
+    one = study.methods[method].model_copy(update={"learning_rates": (1e-12,)})
+    still = study.model_copy(update={"train": train, "methods": {method: one}})
+    scores = scores_of(done(still, tmp_path, method))
+    assert scores["c4_kl"].mean.value < 1e-9
+    assert scores["held_out"] == scores_of(done(study, tmp_path, "base", "base"))["held_out"]
+
+
+def test_answers_may_be_given_in_another_dtype(study, tmp_path, monkeypatch):
+    seen = []
+    answer = tasks.answer_bfcl
+
+    def watch(model, *args, **kwargs):
+        seen.append((model.dtype, kwargs["batch_size"]))
+        return answer(model, *args, **kwargs)
+
+    monkeypatch.setattr(tasks, "answer_bfcl", watch)
+    evaluate = study.evaluate.model_copy(update={"answers_dtype": "bfloat16", "reply_batch_size": 3})
+    done(study.model_copy(update={"evaluate": evaluate}), tmp_path, "base", "base")
+    done(study, tmp_path, "base", "base")
+    assert seen == [(torch.bfloat16, 3), (torch.float32, 16)]
+
+
 def test_a_short_run_is_scored_on_held_out_examples_only(study, tmp_path):
     result = done(study, tmp_path, "rows", "screen")
     assert list(scores_of(result)) == ["held_out"]
@@ -212,6 +254,18 @@ def test_a_plan_needs_no_attribution_log(study, tmp_path):
     assert found.seconds_per_step > 0
     assert (found.num_runs, found.num_done) == (2, 1)
     assert found.hours_left == pytest.approx((3 * found.seconds_per_step + found.evaluation_seconds) / 3600)
+
+
+def test_a_plan_counts_the_parts_of_a_change_until_a_run_has_told(study, tmp_path):
+    evaluate = study.evaluate.model_copy(update={"scales": (0.25, 0.5)})
+    work = Study(study.model_copy(update={"evaluate": evaluate}), tmp_path / "out", ["rows", "zeroed"])
+    first = forecast(work)
+    once = work.results[BASE].figures["evaluation_seconds"]
+    assert first.evaluation_seconds == pytest.approx(3 * once)
+    assert first.hours_left == pytest.approx((3 * first.seconds_per_step + 3 * once + once) / 3600)
+    work.conduct()
+    (whole,) = (result for run, result in work.results.items() if run.phase == "whole")
+    assert forecast(work).evaluation_seconds == whole.figures["evaluation_seconds"]
 
 
 def test_a_smoke_test_has_every_method_and_next_to_no_work(study, tmp_path):

@@ -34,6 +34,10 @@ def method(**changes):
         ({"train": {"steps": 0, "screen_steps": 1}}, "train.steps: input should be greater than or equal to 1, got 0"),
         ({"trian": {}}, "trian: extra inputs are not permitted"),
         ({"data_dir": "nowhere"}, "data folder 'nowhere' does not exist: give --data-dir"),
+        ({"reference": "lora"}, "reference 'lora' is none of its methods: name one of them"),
+        ({"evaluate": {"scales": [0.5, 0.25]}}, "scales must ascend, not [0.5, 0.25]"),
+        ({"evaluate": {"scales": [0.5, 0.5]}}, "scales must ascend, not [0.5, 0.5]"),
+        ({"evaluate": {"scales": [1.0]}}, "evaluate.scales.0: input should be less than 1"),
         ({"analyses": {"a": {"corpora": ["mmlu"], "steps": 0}}}, "steps"),
     ],
 )

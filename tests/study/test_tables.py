@@ -132,6 +132,44 @@ def test_another_result_has_no_tables():
         tables(Result("evaluate", {}, {}))
 
 
+AT = {
+    "forgotten": 0.01234,
+    "forgotten_low": 0.01,
+    "forgotten_high": 0.02,
+    "ratio": 0.5,
+    "ratio_low": 0.4,
+    "ratio_high": 0.6,
+}
+NOT_REACHED = dict.fromkeys(AT)
+
+
+def test_methods_at_an_equal_score_from_least_forgotten_to_those_that_do_not_reach_it(result):
+    assert "equal-score" not in tables(result)
+    rare = {**AT, "forgotten": 0.001, "forgotten_high": None, "ratio_high": None}
+    result.figures["equal_score"] = {
+        "reference": "lora",
+        "share": 0.9,
+        "target": 27.72,
+        "methods": {"drawn": {"wiki": NOT_REACHED}, "lora": {"wiki": AT}, "rows": {"wiki": rare}},
+    }
+    table = tables(result)["equal-score"]
+    assert table.caption == "Forgotten at 27.7 % on the task, 90 % of LoRA's best"
+    assert table.headings == ("method", "seeds", "wiki, KL", "wiki, times LoRA")
+    assert table.rows == (
+        ("LoKI", "2", "0.0010 [0.0100, n/a]", "0.50 [0.40, n/a]"),
+        ("LoRA", "2", "0.0123 [0.0100, 0.0200]", "0.50 [0.40, 0.60]"),
+        ("random rows", "2", "n/a", "n/a"),
+    )
+    assert "Forgotten at an equal task score" in render_report(study_report(result))
+
+
+def test_parts_of_a_change_are_points_of_the_same_run(result):
+    result.figures["methods"][0]["scaled"] = [{"seed": 1, "scale": 0.5, "calls": 10.0, "wiki_kl": 0.003}]
+    first, second, part, *_ = points(result, "wiki")
+    assert (first.run, second.run) == ("LoKI 0", "LoKI 1")
+    assert (part.run, part.learned, part.forgotten, part.is_part) == ("LoKI 1", 10.0, 0.003, True)
+
+
 def test_every_seed_is_a_point(result):
     found = points(result, "wiki")
     assert [(point.label, point.family) for point in found] == [

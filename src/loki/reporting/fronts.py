@@ -26,6 +26,10 @@ class Point:
     """Higher is better."""
     forgotten: float
     """Lower is better."""
+    run: str | None = None
+    """Points of one run are joined, from the least forgotten to the most."""
+    is_part: bool = False
+    """Whether it is a part of a run's change, and not the whole: drawn small."""
 
 
 def front(points: Sequence[Point]) -> list[Point]:
@@ -73,12 +77,22 @@ def front_chart(points: Sequence[Point], *, learned: str, forgotten: str, title:
         alpha=0.6,
         zorder=1,
     )
+    for run in dict.fromkeys(point.run for point in points if point.run is not None):
+        path = sorted((point for point in points if point.run == run), key=lambda point: point.forgotten)
+        axes.plot(
+            [point.forgotten for point in path],
+            [point.learned for point in path],
+            color=FAMILIES[path[0].family],
+            linewidth=0.7,
+            alpha=0.45,
+            zorder=1,
+        )
     for family, colour in FAMILIES.items():
         of_family = [point for point in points if point.family == family]
         axes.scatter(
             [point.forgotten for point in of_family],
             [point.learned for point in of_family],
-            s=26,
+            s=[8 if point.is_part else 26 for point in of_family],
             marker=MARKERS[family],
             color=colour,
             alpha=0.75,
@@ -86,7 +100,7 @@ def front_chart(points: Sequence[Point], *, learned: str, forgotten: str, title:
             zorder=2,
         )
     for label in dict.fromkeys(point.label for point in points):
-        named = [point for point in points if point.label == label]
+        named = [point for point in points if point.label == label and not point.is_part]
         place = max(named, key=lambda point: point.learned)
         axes.annotate(
             label,

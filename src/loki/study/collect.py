@@ -12,11 +12,14 @@ from dataclasses import dataclass, field, replace
 from statistics import median, stdev
 from typing import Any
 
+import numpy as np
+
 from loki.errors import ArtefactError
 from loki.evaluation.benchmarks.table import expand
 from loki.evaluation.forgetting import forgetting
 from loki.evaluation.scores import Difference, ItemScores, compare
 from loki.results import Result, finite
+from loki.study.equal_score import SHARE, compare_at_equal_score, curve_of
 from loki.study.plan import BASE, Run, chosen_rate, screens
 from loki.study.run import HELD_OUT, held_out_loss
 from loki.study.settings import StudySettings
@@ -66,6 +69,8 @@ class Outcome:
     """The paper's score over the benchmarks on which the base is above chance."""
     losses_only_percent: float | None = None
     costs: Mapping[str, float] = field(default_factory=dict)
+    scaled: Sequence[Mapping[str, float]] = ()
+    """What parts of the change learned and forgot, run by run: `seed`, `scale`, and tasks by name."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON form."""
@@ -80,6 +85,7 @@ class Outcome:
             "forgetting_percent": self.forgetting_percent,
             "losses_only_percent": self.losses_only_percent,
             "costs": dict(self.costs),
+            "scaled": [dict(point) for point in self.scaled],
         }
 
 
@@ -100,15 +106,17 @@ def collect(settings: StudySettings, results: Mapping[Run, Result]) -> Result:
         for name in settings.methods
         if (outcome := _outcome(settings, name, results, losses, base, above)) is not None
     ]
+    task = next(iter(base_task(settings, base)), None)
     figures = {
         "title": settings.title,
-        "task": next(iter(base_task(settings, base)), None),
+        "task": task,
         "base": {task: _measure(scores) for task, scores in base.items()},
         "above_chance": above,
         "at_chance": [task for task in asked if task not in above],
         "num_runs": len(results),
         "hours": round(sum(_seconds(result) for result in results.values()) / 3600, 2),
         "methods": [outcome.as_dict() for outcome in outcomes],
+        "equal_score": None if task is None else _equal_score(settings, results, losses, base[task]),
     }
     values = settings.model_dump(mode="json", exclude={"data_dir", "device"})
     return Result("study", values, finite(figures), model=results[BASE].model)
@@ -116,17 +124,62 @@ def collect(settings: StudySettings, results: Mapping[Run, Result]) -> Result:
 
 def scores_of(result: Result) -> dict[str, ItemScores]:
     """Scores of a run by task; null, which stands for what is not a number, is infinite."""
-    found = {}
-    for values in result.figures["scores"]:
-        scores = [math.inf if score is None else score for score in values["scores"]]
-        found[values["task"]] = ItemScores.from_dict({**values, "scores": scores})
-    return found
+    return _by_task(result.figures["scores"])
 
 
 def base_task(settings: StudySettings, base: Mapping[str, ItemScores]) -> Sequence[str]:
     """The tasks that are neither benchmarks nor texts: those that are learned, the main one first."""
     known = {HELD_OUT, *_benchmarks(settings)}
     return [task for task in base if task not in known and not task.endswith(TEXT_ENDINGS)]
+
+
+def scaled_scores_of(result: Result) -> dict[float, dict[str, ItemScores]]:
+    """Scores of a run's parts of its change, by part and task."""
+    return {part["scale"]: _by_task(part["scores"]) for part in result.figures.get("scaled", [])}
+
+
+def _by_task(found: Sequence[Mapping[str, Any]]) -> dict[str, ItemScores]:
+    by_task = {}
+    for values in found:
+        scores = [math.inf if score is None else score for score in values["scores"]]
+        by_task[values["task"]] = ItemScores.from_dict({**values, "scores": scores})
+    return by_task
+
+
+def _equal_score(
+    settings: StudySettings, results: Mapping[Run, Result], losses: Mapping[Run, float], base: ItemScores
+) -> dict[str, Any] | None:
+    """Forgetting of all methods at the reference's score, as JSON; None without a reference that has run."""
+    texts = list(settings.evaluate.texts)
+    if settings.reference is None or not texts:
+        return None
+    curves = {}
+    weights: dict[str, np.ndarray] = {}
+    for name, method in settings.methods.items():
+        done = [results[run] for run in _whole_runs(settings, name, losses) if run in results]
+        if method.kind == "suppress" or not done:
+            continue
+        runs = [[*scaled_scores_of(result).values(), scores_of(result)] for result in done]
+        if all(base.task in point and all(f"{text}_kl" in point for text in texts) for run in runs for point in run):
+            curves[name] = curve_of(base, runs, texts)
+            first = {text: runs[0][0][f"{text}_kl"] for text in texts}
+            weights |= {text: np.array(scores.weights or [1.0] * len(scores.ids)) for text, scores in first.items()}
+    if settings.reference not in curves:
+        return None
+    found = compare_at_equal_score(curves, settings.reference, weights)
+    return {
+        "reference": settings.reference,
+        "share": SHARE,
+        "target": found.target,
+        "methods": {
+            name: {text: at.as_dict() for text, at in by_text.items()} for name, by_text in found.by_method.items()
+        },
+    }
+
+
+def _whole_runs(settings: StudySettings, name: str, losses: Mapping[Run, float]) -> list[Run]:
+    rate = chosen_rate(settings, name, losses)
+    return [Run(name, "whole", rate, seed) for seed in settings.methods[name].seeds]
 
 
 def _benchmarks(settings: StudySettings) -> list[str]:
@@ -145,10 +198,7 @@ def _outcome(
 ) -> Outcome | None:
     method = settings.methods[name]
     rate = chosen_rate(settings, name, losses)
-    if method.kind == "suppress":
-        runs = [Run(name, "suppress")]
-    else:
-        runs = [Run(name, "whole", rate, seed) for seed in method.seeds]
+    runs = [Run(name, "suppress")] if method.kind == "suppress" else _whole_runs(settings, name, losses)
     done = [run for run in runs if run in results]
     if not done:
         return None
@@ -176,6 +226,11 @@ def _outcome(
         None if lost is None else lost.score,
         None if lost is None else lost.losses_only,
         costs,
+        [
+            {"seed": run.seed, "scale": scale, **{task: part.mean.value for task, part in scores.items()}}
+            for run in done
+            for scale, scores in scaled_scores_of(results[run]).items()
+        ],
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from loki.reporting.content import Section
@@ -21,12 +21,19 @@ READINGS = {
     ),
     "benchmarks": "Points against the base, with 95 % bootstrap intervals over the same items.",
     "costs": "Medians over runs that may have shared the processors: compare them with each other only.",
+    "equal-score": (
+        "The target is a share of the reference's best score. Each method's curve goes from the base over parts of its "
+        "change to the whole of it, and is read at the target by linear interpolation; n/a does not reach it. 95 % "
+        "bootstrap intervals over the task's items, the texts' windows and, where a method has several, its seeds; "
+        "the same items and windows are drawn for all."
+    ),
     "suppressed": "Nothing is trained here: the rows are set to zero, and what the model knew is asked again.",
 }
 HEADINGS = {
     "learned": "What was learned, and what was forgotten",
     "benchmarks": "Benchmarks",
     "costs": "What training costs",
+    "equal-score": "Forgotten at an equal task score",
     "suppressed": "What rows hold",
 }
 
@@ -61,13 +68,21 @@ def front_picture(result: Result, text: str) -> Picture:
 
 
 def points(result: Result, text: str) -> list[Point]:
-    """One point for each seed of each method that was trained and scored."""
-    return [
-        Point(method["label"], family_of(result, method), learned, forgotten)
-        for method in result.figures["methods"]
-        if method["kind"] != "suppress"
-        for learned, forgotten in _by_seed(result, method, text)
-    ]
+    """One point for each seed of each method that was trained and scored, and for each part of its change."""
+    task, divergence = result.figures["task"], f"{text}_kl"
+    found = []
+    for method in result.figures["methods"]:
+        scores = method["scores"]
+        if method["kind"] == "suppress" or task not in scores or divergence not in scores:
+            continue
+        label, family = method["label"], family_of(result, method)
+        wholes = zip(method["seeds"], scores[task]["by_seed"], scores[divergence]["by_seed"], strict=True)
+        found += [Point(label, family, learned, lost, f"{label} {seed}") for seed, learned, lost in wholes]
+        found += [
+            Point(label, family, part[task], part[divergence], f"{label} {part['seed']}", is_part=True)
+            for part in method.get("scaled", [])
+        ]
+    return found
 
 
 def family_of(result: Result, method: Mapping[str, Any]) -> str:
@@ -77,20 +92,14 @@ def family_of(result: Result, method: Mapping[str, Any]) -> str:
     return "random" if result.settings["methods"][method["name"]]["rows"]["strategy"] == "random" else "loki"
 
 
-def _by_seed(result: Result, method: Mapping[str, Any], text: str) -> Iterator[tuple[float, float]]:
-    scores = method["scores"]
-    task, divergence = scores.get(result.figures["task"]), scores.get(f"{text}_kl")
-    if task is not None and divergence is not None:
-        yield from zip(task["by_seed"], divergence["by_seed"], strict=True)
-
-
 def _front_section(result: Result, text: str) -> Section:
     found = points(result, text)
     labels = list(dict.fromkeys(point.label for point in front(found)))
     sentence = f"No run is better in both than these, from least to most forgotten on {text}: {', '.join(labels)}."
     reading = (
-        "Each point is one run; up is better at the task, left is closer to the base. Circles are rows chosen by "
-        "attribution, squares rows drawn at random, triangles other methods."
+        "Each point is one run; up is better at the task, left is closer to the base. Small points are parts of the "
+        "same run's change, joined to the whole. Circles are rows chosen by attribution, squares rows drawn at random, "
+        "triangles other methods."
     )
     return Section(
         f"front-{text}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import tempfile
 import time
@@ -19,6 +20,7 @@ from loki.architecture import projections, shape_of
 from loki.evaluation.completions import completion_losses
 from loki.evaluation.scores import ItemScores
 from loki.evaluation.text import load_texts, text_scores
+from loki.implanting.scaled_change import scaled_change
 from loki.models import load_model, load_tokenizer, model_label
 from loki.progress import silent
 from loki.prompts.encoding import encode_prompt
@@ -61,7 +63,7 @@ def identity(settings: StudySettings, run: Run) -> dict[str, Any]:
     Settings at their defaults are left out, so that a new one does not disown what was finished without it.
     """
     dump = partial(BaseModel.model_dump, mode="json", exclude_defaults=True)
-    shared = dump(settings, exclude={"title", "data_dir", "analyses", "methods", "device"})
+    shared = dump(settings, exclude={"title", "data_dir", "analyses", "methods", "device", "reference"})
     method = settings.methods.get(run.method)
     analyses = {}
     if method is not None:
@@ -70,6 +72,7 @@ def identity(settings: StudySettings, run: Run) -> dict[str, Any]:
     train = shared.pop("train")
     if run.phase == "screen":
         train["steps"] = train.pop("screen_steps")
+        shared.pop("evaluate", None)  # only the held-out loss is measured
     train.pop("screen_steps", None)
     return {
         **shared,
@@ -92,7 +95,7 @@ def carry_out(place: Workplace, run: Run) -> Result:
         torch.set_num_threads(place.threads)
     settings = place.settings
     tokenizer = load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code)
-    task = load_task(settings.task, settings.data_dir, tokenizer)
+    task = load_task(settings.task, settings.data_dir, tokenizer, batch_size=settings.evaluate.reply_batch_size)
     model = _load(settings)
     method = settings.methods.get(run.method)
     figures: dict[str, Any] = {}
@@ -107,9 +110,14 @@ def carry_out(place: Workplace, run: Run) -> Result:
     scores = [ItemScores(HELD_OUT, "loss", ids, tuple(losses), "nats per token", higher_is_better=False)]
     if run.phase != "screen" and math.isfinite(scores[0].mean.value):
         reference = None if method is None else _load(settings)
-        scores += _forgetting_scores(settings, model, tokenizer, reference)
+        scores += _text_scores(settings, model, tokenizer, reference)
+        answering = _answering(settings, model)
+        scores += _benchmark_scores(settings, answering, tokenizer)
         if run.phase != "suppress":
-            scores += task.score(model, tokenizer, silent)
+            scores += task.score(answering, tokenizer, silent)
+        if run.phase == "whole" and settings.evaluate.scales:
+            assert reference is not None
+            figures["scaled"] = _scaled_scores(settings, model, tokenizer, reference, task)
     figures |= {
         "evaluation_seconds": round(time.perf_counter() - start, 1),
         "num_threads": torch.get_num_threads(),
@@ -174,7 +182,11 @@ def _train(
         "log": [finite({key: row[key] for key in ("step", "loss")}) for row in log],
     }
     merged: PreTrainedModel = trained if config is None else cast(PeftModel, trained).merge_and_unload()
-    return merged.eval(), figures
+    # A trainer leaves a forward method on the model that is bound to this very object, and that a copy would call: the
+    # weights go into a model that no trainer has seen.
+    fresh = _load(settings)
+    fresh.load_state_dict(merged.state_dict())
+    return fresh, figures
 
 
 def _setup(
@@ -203,7 +215,7 @@ def _suppress(model: PreTrainedModel, rows: RowSelection) -> int:
     return rows.num_selected
 
 
-def _forgetting_scores(
+def _text_scores(
     settings: StudySettings,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -213,20 +225,53 @@ def _forgetting_scores(
     scores = []
     for name, num_tokens in chosen.texts.items():
         texts = load_texts(name, settings.data_dir, part="evaluation")
-        scores += text_scores(model, tokenizer, name, texts, reference=reference, max_tokens=num_tokens)
-    if chosen.benchmarks:
-        from loki.evaluation.harness import evaluate_tasks
-
-        scores += evaluate_tasks(
-            model,
-            tokenizer,
-            chosen.benchmarks,
-            data_dir=settings.data_dir,
-            limit=chosen.limit,
-            part="evaluation",
-            batch_size=chosen.batch_size,
+        scores += text_scores(
+            model, tokenizer, name, texts, reference=reference, window=chosen.window, max_tokens=num_tokens
         )
     return scores
+
+
+def _benchmark_scores(
+    settings: StudySettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> list[ItemScores]:
+    chosen = settings.evaluate
+    if not chosen.benchmarks:
+        return []
+    from loki.evaluation.harness import evaluate_tasks
+
+    return evaluate_tasks(
+        model,
+        tokenizer,
+        chosen.benchmarks,
+        data_dir=settings.data_dir,
+        limit=chosen.limit,
+        part="evaluation",
+        batch_size=chosen.batch_size,
+    )
+
+
+def _answering(settings: StudySettings, model: PreTrainedModel) -> PreTrainedModel:
+    """The model in the dtype in which it answers; a copy, where that is another one."""
+    name = settings.evaluate.answers_dtype
+    dtype = model.dtype if name in (None, "auto") else getattr(torch, str(name))
+    return model if dtype == model.dtype else copy.deepcopy(model).to(dtype)
+
+
+def _scaled_scores(
+    settings: StudySettings,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    reference: PreTrainedModel,
+    task: Task,
+) -> list[dict[str, Any]]:
+    """Scores of the task and the texts with parts of the change from `reference` to `model`."""
+    found = []
+    for scale in settings.evaluate.scales:
+        scaled = scaled_change(reference, model, scale)
+        scores = _text_scores(settings, scaled, tokenizer, reference)
+        scores += task.score_alone(_answering(settings, scaled), tokenizer, silent)
+        found.append({"scale": scale, "scores": [finite(score.as_dict()) for score in scores]})
+    return found
 
 
 def held_out_loss(result: Result) -> float:

@@ -64,7 +64,15 @@ class EvaluateSection(_Section):
     """Items of each benchmark."""
     texts: Mapping[str, int] = Field(default_factory=dict)
     """Tokens of each text: `wikitext2`, `c4`."""
+    window: int = Field(default=512, ge=2)
+    """Tokens of a text that are read together."""
+    scales: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
+    """Parts of the whole change, ascending, at which task and texts are scored too: each run gives a front."""
+    answers_dtype: DtypeName | None = None
+    """Of the model while it answers the task and the benchmarks; None leaves it as it was trained."""
     batch_size: int = Field(default=8, ge=1)
+    reply_batch_size: int = Field(default=16, ge=1)
+    """Requests of the task that are answered together."""
 
 
 class AnalysisSection(_Section):
@@ -158,6 +166,8 @@ class StudySettings(_Section):
     evaluate: EvaluateSection = EvaluateSection()
     analyses: Mapping[Name, AnalysisSection] = Field(default_factory=dict)
     methods: Mapping[Name, MethodSection]
+    reference: Name | None = None
+    """The method whose best task score sets the score at which all are compared; None compares at none."""
 
 
 def load_study(path: Path, *, data_dir: Path | None = None) -> StudySettings:
@@ -179,6 +189,10 @@ def load_study(path: Path, *, data_dir: Path | None = None) -> StudySettings:
         analysis.settings()
     for name, method in settings.methods.items():
         method.require_whole(name, list(settings.analyses))
+    if settings.reference is not None and settings.reference not in settings.methods:
+        raise InputError(f"study {path}: reference {settings.reference!r} is none of its methods: name one of them")
+    if list(settings.evaluate.scales) != sorted(set(settings.evaluate.scales)):
+        raise InputError(f"study {path}: scales must ascend, not {list(settings.evaluate.scales)}")
     if not settings.data_dir.is_dir():
         raise InputError(f"data folder {str(settings.data_dir)!r} does not exist: give --data-dir")
     return settings

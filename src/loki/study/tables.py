@@ -17,7 +17,7 @@ Method = Mapping[str, Any]
 
 
 def tables(result: Result) -> dict[str, Table]:
-    """All tables by their names: `learned`, `benchmarks`, `costs` and, where rows were zeroed, `suppressed`.
+    """All tables by their names: `learned`, `benchmarks`, `costs`; `equal-score` and `suppressed` where there is any.
 
     Raises:
         ArtefactError: the result is not one of a study.
@@ -32,6 +32,8 @@ def tables(result: Result) -> dict[str, Table]:
         "benchmarks": _benchmarks(result, trained),
         "costs": _costs(trained),
     }
+    if result.figures.get("equal_score") is not None:
+        found["equal-score"] = _equal_score(result)
     return found | ({"suppressed": _suppressed(result, zeroed)} if zeroed else {})
 
 
@@ -100,6 +102,29 @@ def _costs(methods: Sequence[Method]) -> Table:
     return _table("What training costs", ["method", *(head for head, _ in units.values())], rows)
 
 
+def _equal_score(result: Result) -> Table:
+    """Methods by what they have forgotten at the target; a method that does not reach it says so."""
+    found, texts = result.figures["equal_score"], texts_of(result)
+    methods = {method["name"]: method for method in result.figures["methods"]}
+    reference = methods[found["reference"]]["label"]
+    head = ["method", "seeds", *(f"{text}, {what}" for text in texts for what in ("KL", f"times {reference}"))]
+
+    def forgotten(name: str) -> float:
+        value = found["methods"][name][texts[0]]["forgotten"]
+        return float("inf") if value is None else float(value)
+
+    rows = []
+    for name in sorted(found["methods"], key=forgotten):
+        cells = [methods[name]["label"], str(len(methods[name]["seeds"]))]
+        for text in texts:
+            at = found["methods"][name][text]
+            for what, digits in (("forgotten", 4), ("ratio", 2)):
+                cells.append(_measured(at[what], at[f"{what}_low"], at[f"{what}_high"], digits))
+        rows.append(cells)
+    share = f"{100 * found['share']:g} %"
+    return _table(f"Forgotten at {found['target']:.1f} % on the task, {share} of {reference}'s best", head, rows)
+
+
 def _suppressed(result: Result, methods: Sequence[Method]) -> Table:
     texts, names = texts_of(result), result.figures["above_chance"]
     base = result.figures["base"]
@@ -132,6 +157,14 @@ def _change(scored: Mapping[str, Any] | None, digits: int) -> str:
         return "–"
     low, high = (_number(scored[end], digits, signed=True) for end in ("low", "high"))
     return f"{_number(scored['change'], digits, signed=True)} [{low}, {high}]"
+
+
+def _measured(value: float | None, low: float | None, high: float | None, digits: int) -> str:
+    """A value with its interval, of which an end may be out of reach."""
+    if value is None:
+        return "n/a"
+    ends = ("n/a" if end is None else _number(end, digits) for end in (low, high))
+    return f"{_number(value, digits)} [{', '.join(ends)}]"
 
 
 def _number(value: float | None, digits: int, *, signed: bool = False) -> str:
