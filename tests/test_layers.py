@@ -24,6 +24,7 @@ ORDER = [
     "implanting",
     "evaluation",
     "training",
+    "dialling",
     "reporting",
     "run_settings",
     "study",

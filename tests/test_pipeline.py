@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from loki import pipeline, stages
-from loki.errors import ArtefactError
+from loki.errors import ArtefactError, InputError
 from loki.pipeline import run_pipeline
 from loki.results import Result
 from loki.run_settings import RunSettings
@@ -193,3 +193,32 @@ def test_changed_examples_are_noticed(tmp_path, model_dir, few_prompts):
     own.write_text(json.dumps({"prompt": "say two", "completion": "two"}))
     with pytest.raises(ArtefactError, match=r"data_files.*own.jsonl .* there"):
         run_pipeline(settings)
+
+
+def test_texts_are_preserved(tmp_path, model_dir, few_prompts):
+    (tmp_path / "t.jsonl").write_text('{"text": "Water boils at 100 degrees."}\n')
+    preserve = {"text": str(tmp_path / "t.jsonl"), "weight": 2.0}
+    train = {"examples": 8, "learning_rate": 0.01, "steps": 3, "preserve": preserve}
+    settings = make_settings(model_dir, tmp_path / "run", train=train)
+    run_and_follow(settings)
+    record = json.loads((tmp_path / "run/adapter/loki_training.json").read_text())["preserve"]
+    assert (record["weight"], [row["step"] for row in record["history"]]) == (2.0, [1, 2, 3])
+    # Other words in the same file are another run.
+    (tmp_path / "t.jsonl").write_text('{"text": "Water freezes."}\n')
+    with pytest.raises(ArtefactError, match=r"made with other settings \(data_files.*t.jsonl"):
+        run_pipeline(settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text": "nowhere.txt"}, "preserve: text 'nowhere.txt' cannot be read"),
+        ({"text": ["x"]}, "preserve: the text has no two tokens in a row"),
+        ({"text": "probe", "every": 4}, "preserve: every 4 is more than the 3 steps"),
+    ],
+)
+def test_texts_to_preserve_are_checked_before_anything_starts(tmp_path, model_dir, few_prompts, changes, message):
+    train = {"examples": 8, "learning_rate": 0.01, "steps": 3, "preserve": changes}
+    with pytest.raises(InputError, match=message):
+        run_pipeline(make_settings(model_dir, tmp_path / "run", train=train))
+    assert not (tmp_path / "run").exists()

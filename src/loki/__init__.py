@@ -13,6 +13,7 @@ from loki._peft_hook import register_with_peft
 
 if TYPE_CHECKING:
     from loki.analysis.attribution import AttributionResult, attribute
+    from loki.analysis.row_scores import score_rows
     from loki.errors import LokiError
     from loki.implanting.convert import create_loki_model
     from loki.implanting.modeling.modeling_loki import LoKILinear
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from loki.implanting.tuner import LokiConfig
     from loki.rows import RowSelection
     from loki.training.budget import ForgettingBudget
+    from loki.training.preserve import PreservePredictions
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,10 +30,12 @@ __all__ = [
     "LoKILinear",
     "LokiConfig",
     "LokiError",
+    "PreservePredictions",
     "RowSelection",
     "attribute",
     "create_loki_model",
     "restore_loki_model",
+    "score_rows",
 ]
 
 _HOMES = {
@@ -40,10 +44,12 @@ _HOMES = {
     "LoKILinear": "loki.implanting.modeling.modeling_loki",
     "LokiConfig": "loki.implanting.tuner",
     "LokiError": "loki.errors",
+    "PreservePredictions": "loki.training.preserve",
     "RowSelection": "loki.rows",
     "attribute": "loki.analysis.attribution",
     "create_loki_model": "loki.implanting.convert",
     "restore_loki_model": "loki.implanting.restore",
+    "score_rows": "loki.analysis.row_scores",
 }
 
 

@@ -11,12 +11,15 @@ Objective = Literal["probability", "logit", "log_probability"]
 SiteName = Literal["auto", "down_proj", "after_norm"]
 EngineName = Literal["branch", "recompute"]
 TargetName = Literal["predicted", "answer"]
+RowScoreName = Literal["damage", "fisher", "first_order", "activation_norm"]
+ScoreName = Literal["kva", RowScoreName]
 ModuleName = Literal["down_proj", "o_proj"]
 
 StrategyName = Literal[
     "layer_balanced",
     "layer_balanced_magnitude",
     "adaptive",
+    "capped",
     "layer_highest",
     "global_lowest",
     "global_highest",

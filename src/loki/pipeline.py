@@ -18,12 +18,13 @@ from pydantic import ValidationError
 
 from loki.architecture import shape_of_config
 from loki.errors import ArtefactError, InputError
-from loki.models import load_config, locate_model
+from loki.models import load_config, load_tokenizer, locate_model
 from loki.progress import Track, silent
 from loki.provenance import digest, read_json, require_writable_parent, write_json
 from loki.results import Result
 from loki.run_settings import RunSettings
 from loki.stages import REPORT_FILE, STAGES, SUMMARY_FILE, Run, StageName, report, summarise
+from loki.training import texts
 from loki.training.examples import BUILT_IN, load_examples
 
 RUN_FILE = "run.json"
@@ -67,13 +68,16 @@ def run_pipeline(
 
 def run_record(settings: RunSettings) -> dict[str, Any]:
     """What has to be equal for a directory to be this run's: settings, the model's weights, the data's content."""
+    paths = [settings.train.data, settings.evaluate.completions]
+    if settings.train.preserve is not None and isinstance(settings.train.preserve.text, str):
+        paths.append(settings.train.preserve.text)
     return {
         "settings": settings.as_dict(),
         "model_files": _model_files(settings.model),
         "data_files": {
             path: hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()[:16]
-            for path in (settings.train.data, settings.evaluate.completions)
-            if path is not None and path != BUILT_IN
+            for path in paths
+            if path not in (None, BUILT_IN, texts.BUILT_IN)
         },
     }
 
@@ -83,6 +87,11 @@ def _check_inputs(settings: RunSettings) -> None:
     config = load_config(settings.model, trust_remote_code=settings.trust_remote_code)
     shape_of_config(config)
     load_examples(settings.train.data, count=settings.train.examples, seed=settings.seed)
+    if settings.train.preserve is not None:
+        preserve = settings.train.preserve.preserve()
+        preserve.read_with(load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code))
+        if settings.train.steps is not None:
+            preserve.require_pass_within(settings.train.steps)
     if settings.evaluate.completions is not None:
         load_examples(settings.evaluate.completions, count=None, seed=settings.seed)
 

@@ -44,6 +44,19 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def digest_file(path: Path) -> str:
+    """A short hash of a file's bytes.
+
+    Raises:
+        ArtefactError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except OSError as error:
+        raise ArtefactError(f"{path} cannot be read: {error.strerror}") from error
+
+
 @dataclass(frozen=True)
 class ModelFingerprint:
     """Which model an artefact was made with."""

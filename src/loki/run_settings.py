@@ -11,7 +11,7 @@ from loki.analysis.settings import KVASettings
 from loki.choices import DtypeName, EngineName, Objective, Rule, SiteName, StrategyName
 from loki.errors import InputError
 from loki.selection.quota import parse_quota
-from loki.training.config import BudgetSection, first_mistake, read_settings
+from loki.training.config import BudgetSection, PreserveSection, first_mistake, read_settings
 from loki.training.settings import AnswersName, ReporterName, TrainSettings
 
 
@@ -69,7 +69,9 @@ class TrainSection(_Section):
     packing: bool = False
     answers: AnswersName = "auto"
     report_to: ReporterName = "none"
+    mixed_precision: bool = False
     budget: BudgetSection | None = None
+    preserve: PreserveSection | None = None
 
     def settings(self, seed: int) -> TrainSettings:
         """In the library's own form.
@@ -77,7 +79,7 @@ class TrainSection(_Section):
         Raises:
             InputError: a number that is not possible.
         """
-        return TrainSettings(seed=seed, **self.model_dump(exclude={"data", "examples", "budget"}))
+        return TrainSettings(seed=seed, **self.model_dump(exclude={"data", "examples", "budget", "preserve"}))
 
 
 class MergeSection(_Section):

@@ -136,6 +136,7 @@ def train_stage(run: Run) -> Outcome:
         chosen.settings(seed),
         run.directory / ADAPTER_DIR,
         budget=None if chosen.budget is None else chosen.budget.budget(),
+        preserve=None if chosen.preserve is None else chosen.preserve.preserve(),
         track=run.track,
     )
     log = record["log"]

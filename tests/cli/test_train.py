@@ -95,6 +95,34 @@ def test_a_budget_is_told_step_by_step_and_kept_in_the_record(loki, settings, tm
     assert [row["step"] for row in record_of(tmp_path / "adapter")["budget"]["history"]] == [0, 2]
 
 
+def test_texts_are_preserved_and_the_cost_is_told(loki, settings, tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"text": "Water boils at 100 degrees."}\n')
+    config = write(tmp_path, settings, preserve={"text": "elsewhere", "every": 2})
+    done = loki("train", config, "--preserve", tmp_path / "t.jsonl", "--preserve-weight", 3, "--mixed-precision")
+    assert done.code == 0
+    record = record_of(tmp_path / "adapter")
+    assert (record["preserve"]["weight"], record["preserve"]["every"]) == (3.0, 2)
+    assert [row["step"] for row in record["preserve"]["history"]] == [2, 4]
+    assert record["settings"]["mixed_precision"] is True
+    (line,) = [line for line in done.err.splitlines() if "preserved texts" in line]
+    assert line == (
+        f"preserved texts: KL from the base {record['preserve']['kl_last']:.4f} nats per token at the last pass; "
+        f"{record['preserve']['seconds_per_step']:.2f} s a step, "
+        f"{record['preserve']['seconds_per_step_without']:.2f} s without"
+    )
+
+
+def test_texts_are_checked_before_the_model_loads(loki, settings, tmp_path, monkeypatch):
+    def fail(*_arguments, **_options):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("loki.models.load_model", fail)
+    (tmp_path / "t.txt").write_text("x")
+    done = loki("train", write(tmp_path, settings), "--preserve", tmp_path / "t.txt")
+    assert done.code == 2
+    assert "preserve: the text has no two tokens in a row: give a longer one" in done.err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -104,6 +132,12 @@ def test_a_budget_is_told_step_by_step_and_kept_in_the_record(loki, settings, tm
         ({"data": "no.jsonl"}, "training data 'no.jsonl' cannot be read"),
         ({"max_length": 3}, "no example has an answer within 3 tokens"),
         ({"lora_alpha": 2}, "lora alpha 2.0 needs a rank"),
+        ({"preserve": {"text": "no.txt"}}, "preserve: text 'no.txt' cannot be read"),
+        ({"preserve": {"text": []}}, "preserve: the text is empty"),
+        ({"preserve": {"text": ["x"]}}, "preserve: the text has no two tokens in a row"),
+        ({"preserve": {"text": "probe", "weight": 0}}, "preserve: weight 0.0 is not possible: give a number above 0"),
+        ({"preserve": {"text": "probe", "every": 9}}, "preserve: every 9 is more than the 4 steps of this training"),
+        ({"mixed_precision": True, "dtype": "bfloat16"}, "mixed precision needs a float32 model, not dtype bfloat16"),
         ({"steps": None}, "steps is missing: give steps"),
     ],
 )
@@ -153,11 +187,13 @@ def kill(process):
 
 
 def test_two_processes_equal_one_with_the_doubled_batch(loki, settings, tmp_path):
-    """With examples of different lengths: losses are averaged over the tokens of both processes."""
+    """With examples and texts of different lengths: means are over the tokens of both processes."""
     budget = {"text": settings["data"].replace("own.jsonl", "t.txt"), "every": 2, "probe_accuracy": False}
     (tmp_path / "t.txt").write_text("Water boils at 100 degrees.")
-    config = write(tmp_path, settings, budget=budget, save_every=2)
-    assert loki("train", config, "--batch-size", 4, "--output-dir", tmp_path / "one").code == 0
+    preserve = {"text": ["Water boils.", "A cat is an animal.", "Two and two is four, and so on."], "weight": 20}
+    doubled = write(tmp_path, settings, budget=budget, save_every=2, preserve={**preserve, "batch_size": 2})
+    assert loki("train", doubled, "--batch-size", 4, "--output-dir", tmp_path / "one").code == 0
+    config = write(tmp_path, settings, budget=budget, save_every=2, preserve={**preserve, "batch_size": 1})
     # Without GPUs it starts several processes only if it is told that there are some.
     accelerate = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     errors = errors_of(launch([*accelerate, "-m", "loki", "train", str(config)], tmp_path))
@@ -168,6 +204,9 @@ def test_two_processes_equal_one_with_the_doubled_batch(loki, settings, tmp_path
     # The same sums in another order, in float32; AdamW divides by small gradients and makes more of it.
     assert [row["loss"] for row in two["log"]] == pytest.approx([row["loss"] for row in one["log"]], rel=1e-4)
     assert two["budget"]["history"][-1]["kl"] == pytest.approx(one["budget"]["history"][-1]["kl"], rel=1e-3)
+    kls = [[row["kl"] for row in record["preserve"]["history"]] for record in (one, two)]
+    assert kls[0][1:] == pytest.approx(kls[1][1:], rel=1e-3)
+    assert min(kls[0][1:]) > 1e-4
     expected = load_file(tmp_path / "one/adapter_model.safetensors")
     found = load_file(tmp_path / "adapter/adapter_model.safetensors")
     for name, value in expected.items():

@@ -2,7 +2,7 @@
 
 from fractions import Fraction
 
-LAYER_STRATEGIES = ("layer_balanced", "layer_balanced_magnitude", "adaptive", "layer_highest")
+LAYER_STRATEGIES = ("layer_balanced", "layer_balanced_magnitude", "adaptive", "capped", "layer_highest")
 MODEL_STRATEGIES = ("global_lowest", "global_highest")
 VOTING_STRATEGIES = LAYER_STRATEGIES + MODEL_STRATEGIES
 
@@ -58,6 +58,20 @@ def plain_adaptive_counts(mean_magnitudes, candidates, count):
     return counts
 
 
+def plain_capped(means, candidates, count):
+    """One row at a time, the lowest mean of all layers that have given fewer than twice `count`."""
+    selected = [[] for _ in candidates]
+    for _ in range(count * sum(map(any, candidates))):
+        open_places = [
+            (layer, row)
+            for layer, row in plain_groups(candidates, "model")[0]
+            if row not in selected[layer] and len(selected[layer]) < 2 * count
+        ]
+        layer, row = min(open_places, key=lambda place: (means[place[0]][place[1]], place))
+        selected[layer].append(row)
+    return [sorted(rows) for rows in selected]
+
+
 def plain_selection(scores_NLD, quota, strategy, candidates=None):
     """The rows of each layer, from scores and candidates as nested lists."""
     num_layers, num_rows = len(scores_NLD[0]), len(scores_NLD[0][0])
@@ -73,6 +87,8 @@ def plain_selection(scores_NLD, quota, strategy, candidates=None):
         for layer in range(num_layers)
     ]
     count = plain_count(quota, strategy, candidates)
+    if strategy == "capped":
+        return plain_capped(means, candidates, count)
     counts = plain_adaptive_counts(means, candidates, count) if strategy == "adaptive" else [count] * num_layers
     selected = [[] for _ in range(num_layers)]
     for group in plain_groups(candidates, "layer" if strategy in LAYER_STRATEGIES else "model"):

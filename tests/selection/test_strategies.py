@@ -127,6 +127,18 @@ def test_selection_by_hand(write_log, strategy, scores, rows):
     assert select_from(write_log(scores), 50, strategy).rows.as_lists() == rows
 
 
+def test_capped_selection_by_hand(write_log):
+    """Layers of four rows at 25 %: one each on average, two at most. Means: 1 2 3 4, then 5 0 6 7, then 8 9 10 11."""
+    scores_NLD = [[[0, 2, 3, 6], [5, 0, 9, 7], [8, 9, 10, 11]], [[2, 2, 3, 2], [5, 0, 3, 7], [8, 9, 10, 11]]]
+    selection = select_from(write_log(scores_NLD), 25, "capped")
+    assert selection.rows.as_lists() == [[0, 1], [1], []]
+    # At 50 % layer 0 has room for all of its rows, the next lowest are 0 and 5 of layer 1.
+    assert select_from(write_log(scores_NLD), 50, "capped").rows.as_lists() == [[0, 1, 2, 3], [0, 1], []]
+    # Twice one row is the most: the three lowest means 0 1 2 of one layer give two rows, the next is elsewhere.
+    crowded = [[[0, 1, 2, 3], [9, 9, 9, 8], [7, 9, 9, 9]]]
+    assert select_from(write_log(crowded), 25, "capped").rows.as_lists() == [[0, 1], [], [0]]
+
+
 def test_adaptive_selection_by_hand(write_log):
     """The half is one row of each layer; at a quarter, the share of layer 1 with two and three rows is below that of
     layer 0 with two, 1/4, so that layer 1 gives three."""
@@ -194,6 +206,8 @@ def test_quota_and_candidates_hold_whatever_the_scores(write_log, data):
         if strategy == "adaptive":
             assert counts.min() >= 2
             assert counts.max() <= 6
+        elif strategy == "capped":
+            assert counts.max() <= 6
         elif strategy in (*LAYER_STRATEGIES, "random"):
             assert set(counts) == {3}
 
@@ -247,6 +261,7 @@ def test_a_log_in_which_all_abstain_still_fills_the_quota(write_log, strategy):
     selection = select_from(write_log(np.zeros((2, 2, 10))), 20, strategy)
     # Nothing but indices decides: the first rows, or the last.
     layers = {"global_lowest": [[0, 1, 2, 3], []], "global_highest": [[], [6, 7, 8, 9]], "layer_highest": [[8, 9]] * 2}
+    layers["capped"] = layers["global_lowest"]
     assert selection.rows.as_lists() == layers.get(strategy, [[0, 1], [0, 1]])
     assert selection.votes.counts_LD.sum() == 0
     assert selection.votes.num_abstentions == (2 if strategy in MODEL_STRATEGIES else 4)

@@ -18,6 +18,7 @@ from loki.evaluation.knowledge import score_questions
 from loki.prompts.questions import load_probe
 from loki.rows import RowSelection
 from loki.training import budget as budget_module
+from loki.training import texts as texts_module
 from loki.training.budget import ForgettingBudget, lower_learning_rate
 from loki.training.settings import TrainSettings
 from loki.training.sft import load_record, train
@@ -39,7 +40,8 @@ def selection(positions):
 def few_questions(monkeypatch):
     """Eight of the probe's questions are enough for a tiny model."""
     questions = load_probe("evaluation")[:8]
-    monkeypatch.setattr(budget_module, "load_probe", lambda _split: questions)
+    for module in (budget_module, texts_module):
+        monkeypatch.setattr(module, "load_probe", lambda _split: questions)
     return questions
 
 

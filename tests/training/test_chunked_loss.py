@@ -10,7 +10,8 @@ from trl import SFTConfig
 from loki.training import trainer
 from loki.training.chunked_loss import chunked_loss
 from loki.training.encoding import IGNORED
-from loki.training.trainer import PLAIN_HEADS, CompletionTrainer
+from loki.training.heads import PLAIN_HEADS
+from loki.training.trainer import CompletionTrainer
 
 T, D, V = 11, 6, 19
 

@@ -93,3 +93,41 @@ def test_what_is_wrong_is_named(write, text, options, message):
 def test_a_missing_file_is_named():
     with pytest.raises(InputError, match=r"settings file no.yaml cannot be read: No such file"):
         load_train_config(Path("no.yaml"), {})
+
+
+def test_texts_to_preserve_are_a_section_an_option_or_both(write, tmp_path):
+    (tmp_path / "t.txt").write_text("some text")
+    section = f"preserve: {{text: {tmp_path / 't.txt'}, every: 3, batch_size: 2, window: 64, max_tokens: 99}}\n"
+    kept = load_train_config(write(LEAST + section), {"preserve": None}).preserve
+    assert kept is not None
+    expected = {"every": 3, "batch_size": 2, "window": 64, "max_tokens": 99}
+    assert kept.model_dump() == {"text": str(tmp_path / "t.txt"), "weight": 1.0, **expected}
+    found = kept.preserve()
+    assert (found.texts, found.every, found.batch_size, found.window) == (["some text"], 3, 2, 64)
+    assert (found.weight, found.max_tokens) == (1.0, 99)
+    # Each option takes the place of its own setting.
+    both = load_train_config(write(LEAST + section), {"preserve": "other.txt", "preserve_weight": 2.0}).preserve
+    assert both is not None
+    assert both.model_dump() == {"text": "other.txt", "weight": 2.0, **expected}
+    alone = load_train_config(write(LEAST), {"preserve": "other.txt"}).preserve
+    assert alone is not None
+    assert (alone.text, alone.weight, alone.every) == ("other.txt", 1.0, 1)
+    listed = load_train_config(write(LEAST + "preserve: {text: [one text, another]}\n"), {}).preserve
+    assert listed is not None
+    assert listed.preserve().texts == ["one text", "another"]
+    assert load_train_config(write(LEAST), {"preserve": None, "preserve_weight": None}).preserve is None
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("", {"preserve_weight": 2.0}, r"preserve.text is missing: give --preserve, or `preserve: \{text: …\}` in a"),
+        ("preserve: {weight: 2}\n", {}, "preserve.text is missing: give --preserve"),
+        ("preserve: {text: t, share: 1}\n", {}, r"settings file .*: preserve.share: extra inputs are not permitted"),
+        ("preserve: t.txt\n", {}, r"settings file .*: preserve: input should be a valid dictionary"),
+        ("mixed_precision: true\ndtype: bfloat16\n", {}, "mixed precision needs a float32 model, not dtype bfloat16"),
+    ],
+)
+def test_what_cannot_be_preserved(write, text, options, message):
+    with pytest.raises(InputError, match=message):
+        load_train_config(write(LEAST + text), options)

@@ -374,3 +374,47 @@ def test_tensorboard_that_is_missing_is_told_before_anything_starts(tmp_path, to
 def test_impossible_settings_are_refused(changes, message):
     with pytest.raises(InputError, match=message):
         TrainSettings(**{"learning_rate": 1e-3, "steps": 1, **changes})
+
+
+def test_mixed_precision_takes_products_in_bfloat16_and_trains_in_float32(tmp_path, tokenizer, selection):
+    seen = set()
+
+    def follow(_module, _inputs, output):
+        seen.add(output.dtype)
+
+    records = {}
+    for name, mixed in (("mixed", True), ("plain", False)):
+        model = make_model()
+        if mixed:
+            model.model.layers[0].self_attn.q_proj.register_forward_hook(follow)
+        settings = replace(SETTINGS, mixed_precision=mixed)
+        records[name] = train(model, tokenizer, selection, EXAMPLES, settings, tmp_path / name)
+    assert seen == {torch.bfloat16}
+    mixed, plain = deltas(tmp_path / "mixed"), deltas(tmp_path / "plain")
+    for name, delta in plain.items():
+        assert mixed[name].dtype == torch.float32
+        # bfloat16 has eight binary digits; AdamW divides by small gradients and makes more of it.
+        assert 0 < (mixed[name] - delta).norm() < 0.2 * delta.norm(), name
+    losses = [[row["loss"] for row in records[name]["log"]] for name in ("mixed", "plain")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert losses[0] != losses[1]
+
+
+def test_an_interrupted_training_in_mixed_precision_ends_equal(tmp_path, tokenizer, selection):
+    settings = replace(SETTINGS, mixed_precision=True)
+    train(make_model(), tokenizer, selection, EXAMPLES, settings, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(make_model(), tokenizer, selection, EXAMPLES, settings, tmp_path / "parts", track=interrupt)
+    with pytest.raises(ArtefactError, match="unfinished training of other settings"):
+        train(make_model(), tokenizer, selection, EXAMPLES, SETTINGS, tmp_path / "parts")
+    train(make_model(), tokenizer, selection, EXAMPLES, settings, tmp_path / "parts")
+    for name, delta in deltas(tmp_path / "whole").items():
+        assert torch.equal(delta, deltas(tmp_path / "parts")[name]), name
+
+
+def test_mixed_precision_of_a_bfloat16_model_is_refused(tmp_path, tokenizer, selection):
+    settings = replace(SETTINGS, mixed_precision=True)
+    message = "mixed precision needs a float32 model, and this one is bfloat16: load it as float32, or leave mixed"
+    with pytest.raises(InputError, match=message):
+        train(make_model().bfloat16(), tokenizer, selection, EXAMPLES, settings, tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())

@@ -1,1 +1,1 @@
-"""Stage 1: Knowledge Vector Attribution (LoKI section 3.1): what each down-projection row contributes."""
+"""Stage 1: Knowledge Vector Attribution (LoKI section 3.1), or another score: what each down-projection row is for."""

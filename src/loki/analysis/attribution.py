@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from loki.analysis import branch, recompute
-from loki.analysis.length_scaling import depends_on_length, forget_lengths
+from loki.analysis.frozen import frozen
+from loki.analysis.inputs import input_device, strip_padding
+from loki.analysis.length_scaling import batches_of_one_scale, forget_lengths
 from loki.analysis.memory import default_max_branches
 from loki.analysis.path import Path, PromptAttribution
 from loki.analysis.prefill import PaddedPrompts, UnsupportedByBranchError
@@ -68,7 +69,7 @@ def attribute(
     settings = KVASettings(rule, steps, objective, multiply_by_activation, site, engine, site_module)
     if batch_size < 1:
         raise InputError(f"batch size {batch_size} is not possible: give 1 or more")
-    prompts = _strip_padding(input_ids, attention_mask)
+    prompts = strip_padding(input_ids, attention_mask)
     if target_ids is not None and target_ids.shape != (len(prompts),):
         raise InputError(
             f"target_ids have shape {tuple(target_ids.shape)}: give one for each of {len(prompts)} prompts"
@@ -118,12 +119,12 @@ def attribute_prompts(
     if max_branches is not None and max_branches < 1:
         raise InputError(f"max_branches {max_branches} is not possible: give 1 or more")
     results: dict[int, PromptAttribution] = {}
-    with _frozen(model):
-        for batch in _batches_of_one_scale(model, prompts):
+    with frozen(model):
+        for batch in batches_of_one_scale(model, prompts):
             forget_lengths(model)
             found = _attribute_batch(
                 model,
-                [prompts[index].to(_input_device(model)) for index in batch],
+                [prompts[index].to(input_device(model)) for index in batch],
                 layers,
                 sites,
                 path,
@@ -160,55 +161,7 @@ def _attribute_batch(
     ]
 
 
-def _batches_of_one_scale(model: nn.Module, prompts: Sequence[torch.Tensor]) -> list[list[int]]:
-    """Indices of prompts that may share a batch: all, or those of one length where that scales their positions."""
-    if not depends_on_length(model):
-        return [list(range(len(prompts)))]
-    lengths = [len(ids_T) for ids_T in prompts]
-    return [[index for index, found in enumerate(lengths) if found == length] for length in dict.fromkeys(lengths)]
-
-
-def _input_device(model: nn.Module) -> torch.device:
-    """Where token ids go; the hooks of an offloaded model bring them to where its weights will be."""
-    device = next(model.parameters()).device
-    return torch.device("cpu") if device.type == "meta" else device
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no parameter gradients inside the block; every flag put back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        model.eval()
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        with torch.enable_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-
 def _require_token(model: nn.Module, token_id: int | None) -> None:
     num_tokens: int = text_config(model.config).vocab_size
     if token_id is not None and not 0 <= token_id < num_tokens:
         raise InputError(f"target token {token_id} does not exist: the model's tokens are 0 to {num_tokens - 1}")
-
-
-def _strip_padding(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[torch.Tensor]:
-    if input_ids.ndim != 2 or 0 in input_ids.shape:
-        raise InputError(f"input_ids have shape {tuple(input_ids.shape)}: give (prompts, tokens), both at least 1")
-    if attention_mask is None:
-        return list(input_ids)
-    if attention_mask.shape != input_ids.shape:
-        raise InputError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}: "
-            "they must be equal"
-        )
-    prompts = [ids[mask.bool()] for ids, mask in zip(input_ids, attention_mask, strict=True)]
-    if any(len(prompt) == 0 for prompt in prompts):
-        raise InputError("a prompt has no tokens: its attention_mask is all zero")
-    return prompts

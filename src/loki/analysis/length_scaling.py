@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,14 @@ def depends_on_length(model: nn.Module) -> bool:
     parameters = getattr(text_config(getattr(model, "config", None)), "rope_parameters", None) or {}
     kinds = [parameters, *(value for value in parameters.values() if isinstance(value, Mapping))]
     return any(kind.get("rope_type") in DEPENDENT for kind in kinds)
+
+
+def batches_of_one_scale(model: nn.Module, prompts: Sequence[torch.Tensor]) -> list[list[int]]:
+    """Indices of prompts that may share a batch: all, or those of one length where that scales their positions."""
+    if not depends_on_length(model):
+        return [list(range(len(prompts)))]
+    lengths = [len(ids_T) for ids_T in prompts]
+    return [[index for index, found in enumerate(lengths) if found == length] for length in dict.fromkeys(lengths)]
 
 
 def forget_lengths(model: nn.Module) -> None:

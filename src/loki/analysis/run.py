@@ -1,4 +1,4 @@
-"""Attributing a set of prompts into a log: resumable, in one process or many."""
+"""Attributing a set of prompts, or scoring a set of texts, into a log: resumable, in one process or many."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from loki.analysis.attribution import attribute_prompts
 from loki.analysis.path import PromptAttribution
 from loki.analysis.plan import Plan
 from loki.analysis.ranks import Ranks
-from loki.analysis.settings import KVASettings
+from loki.analysis.row_scores import require_predictions, score_texts
+from loki.analysis.settings import KVASettings, RowScoreSettings
+from loki.analysis.windows import encode_windows
 from loki.architecture import attribution_sites, shape_of, site_warning
 from loki.choices import TargetName
 from loki.errors import InputError
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AnalysisOptions:
-    """How an analysis is carried out; the settings of the attribution itself are `KVASettings`."""
+    """How an analysis is carried out; what is computed is `KVASettings` or `RowScoreSettings`."""
 
     target: TargetName = "predicted"
     """The attributed token: the model's own prediction, or the first token of the prompt's answer."""
@@ -59,7 +61,7 @@ class Analysis:
     """Prompts made ready for a model, before anything is computed or written."""
 
     model: PreTrainedModel
-    settings: KVASettings
+    settings: KVASettings | RowScoreSettings
     options: AnalysisOptions
     prompt_ids: list[str]
     encoded: list[EncodedPrompt]
@@ -72,7 +74,7 @@ class Analysis:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         prompts: Sequence[Prompt],
-        settings: KVASettings,
+        settings: KVASettings | RowScoreSettings,
         options: AnalysisOptions,
         *,
         model_name: str,
@@ -80,35 +82,51 @@ class Analysis:
     ) -> Analysis:
         """Encode all prompts, and plan who computes what.
 
+        For `RowScoreSettings` the windows of long texts are the prompts from here on.
+
         Raises:
-            InputError: no prompts, one too long for the model, or one without the answer that is the target.
+            InputError: no prompts, one too long for the model, one without the answer that is the target, or options
+                that only KVA has.
             ArchitectureError: the model's projections cannot be found.
         """
         if not prompts:
             raise InputError("there are no prompts to analyse: give at least one")
-        encoded = [encode_prompt(tokenizer, prompt, chat_template=options.chat_template) for prompt in prompts]
+        if isinstance(settings, KVASettings):
+            ids = [prompt.id for prompt in prompts]
+            encoded = [encode_prompt(tokenizer, prompt, chat_template=options.chat_template) for prompt in prompts]
+        else:
+            _require_row_scores(options)
+            ids, encoded = encode_windows(tokenizer, prompts, settings.max_tokens, chat_template=options.chat_template)
         longest = getattr(model.config, "max_position_embeddings", None)
-        for prompt, tokens in zip(prompts, encoded, strict=True):
+        for prompt_id, tokens in zip(ids, encoded, strict=True):
             if longest is not None and len(tokens.ids_T) > longest:
+                remedy = "shorten it" if isinstance(settings, KVASettings) else f"give --max-tokens {longest} or less"
                 raise InputError(
-                    f"prompt {prompt.id!r} has {len(tokens.ids_T)} tokens, the model takes {longest}: shorten it"
+                    f"prompt {prompt_id!r} has {len(tokens.ids_T)} tokens, the model takes {longest}: {remedy}"
                 )
-            if options.target == "answer" and tokens.answer_id is None:
-                raise InputError(f"prompt {prompt.id!r} has no answer: give it one, or use --target predicted")
+            if isinstance(settings, RowScoreSettings):
+                require_predictions(f"prompt {prompt_id!r}", tokens.ids_T, settings)
+            elif options.target == "answer" and tokens.answer_id is None:
+                raise InputError(f"prompt {prompt_id!r} has no answer: give it one, or use --target predicted")
         shape = shape_of(model)
-        attribution_sites(model, settings.site, settings.site_module)  # refuses what the model does not have
-        warning = site_warning(model, settings.site, settings.site_module)
-        if warning is not None:
-            logger.warning(warning)
+        site = settings.site if isinstance(settings, KVASettings) else "down_proj"
+        attribution_sites(model, site, settings.site_module)  # refuses what the model does not have
+        if isinstance(settings, KVASettings):
+            warning = site_warning(model, settings.site, settings.site_module)
+            if warning is not None:
+                logger.warning(warning)
         content = [
-            [prompt.id, tokens.ids_T.tolist(), tokens.answer_id if options.target == "answer" else None]
-            for prompt, tokens in zip(prompts, encoded, strict=True)
+            [prompt_id, tokens.ids_T.tolist(), tokens.answer_id if options.target == "answer" else None]
+            for prompt_id, tokens in zip(ids, encoded, strict=True)
         ]
+        named: dict[str, str | int | bool] = {**settings.as_dict()}
+        if isinstance(settings, KVASettings):
+            named["target"] = options.target
         return cls(
             model,
             settings,
             options,
-            [prompt.id for prompt in prompts],
+            ids,
             encoded,
             Plan.of(
                 [len(tokens.ids_T) for tokens in encoded],
@@ -119,7 +137,7 @@ class Analysis:
                 model=fingerprint_model(model).as_dict(),
                 model_name=model_name,
                 prompts=f"{prompt_set} {digest(content)}",
-                settings={**settings.as_dict(), "target": options.target},
+                settings=named,
                 num_layers=shape.num_layers,
                 num_rows=shape.num_rows,
                 dtype=options.log_dtype,
@@ -133,8 +151,10 @@ class Analysis:
         return sum(map(len, self.plan.parts))
 
     def attribute(self, places: Sequence[int]) -> list[PromptAttribution]:
-        """Attribution of the prompts at some places of the prompt set, as one batch."""
+        """Attribution (or scores) of the prompts at some places of the prompt set, as one batch."""
         chosen = [self.encoded[place] for place in places]
+        if isinstance(self.settings, RowScoreSettings):
+            return score_texts(self.model, [tokens.ids_T for tokens in chosen], self.settings)
         return attribute_prompts(
             self.model,
             [tokens.ids_T for tokens in chosen],
@@ -179,11 +199,28 @@ class Analysis:
         )
 
 
+def _require_row_scores(options: AnalysisOptions) -> None:
+    """Refuse what only KVA has.
+
+    Raises:
+        InputError: it is asked for.
+    """
+    if options.target != "predicted":
+        raise InputError(f"target {options.target!r} is for score kva: leave it out")
+    if options.max_branches is not None:
+        raise InputError(f"max_branches {options.max_branches} is for score kva: leave it out")
+    if options.log_dtype != "float32":
+        raise InputError(
+            f"log dtype {options.log_dtype!r} is for score kva: it has no numbers below 6e-8, where squares of small "
+            "gradients are; use float32"
+        )
+
+
 def analyse(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
-    settings: KVASettings,
+    settings: KVASettings | RowScoreSettings,
     output: Path,
     *,
     model_name: str,

@@ -1,11 +1,12 @@
-"""The settings of Knowledge Vector Attribution; the paper and its releases differ, so each is named."""
+"""The settings of Knowledge Vector Attribution (the paper and its releases differ, so each is named), and of the
+scores that take a whole text instead of its last position."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import get_args
 
-from loki.choices import EngineName, ModuleName, Objective, Rule, SiteName
+from loki.choices import EngineName, ModuleName, Objective, RowScoreName, Rule, SiteName
 from loki.errors import InputError
 
 
@@ -45,3 +46,45 @@ class KVASettings:
     def as_dict(self) -> dict[str, str | int | bool]:
         """Plain JSON form."""
         return asdict(self)
+
+
+SAMPLING_SCORES: tuple[RowScoreName, ...] = ("damage", "fisher")
+"""Scores whose labels are drawn from the model itself."""
+
+
+@dataclass(frozen=True)
+class RowScoreSettings:
+    """How rows are scored over all positions of a text; the formulas are in `loki.analysis.row_scores`."""
+
+    score: RowScoreName = "damage"
+    """What is computed."""
+    seed: int = 0
+    """Of the labels that are drawn; other scores draw none."""
+    max_tokens: int = 512
+    """Longer texts are cut into windows of at most so many tokens, each scored by itself."""
+    site_module: ModuleName = "down_proj"
+    """Whose rows are scored: the feed-forward block's output projection, or attention's."""
+
+    def __post_init__(self) -> None:
+        for name, value, accepted in (
+            ("score", self.score, get_args(RowScoreName)),
+            ("site_module", self.site_module, get_args(ModuleName)),
+        ):
+            if value not in accepted:
+                raise InputError(f"{name} {value!r} is unknown: choose one of {', '.join(accepted)}")
+        if self.seed < 0:
+            raise InputError(f"seed {self.seed} is not possible: give 0 or more")
+        if self.max_tokens < 2:
+            raise InputError(f"max_tokens {self.max_tokens} is not possible: give 2 or more")
+
+    @property
+    def samples_labels(self) -> bool:
+        """Whether labels are drawn from the model itself."""
+        return self.score in SAMPLING_SCORES
+
+    def as_dict(self) -> dict[str, str | int]:
+        """Plain JSON form; a score that draws nothing has no seed."""
+        values: dict[str, str | int] = asdict(self)
+        if not self.samples_labels:
+            del values["seed"]
+        return values

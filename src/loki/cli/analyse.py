@@ -8,16 +8,32 @@ from typing import Annotated
 
 import typer
 
-from loki.choices import EngineName, LogDtypeName, ModuleName, Objective, Rule, SiteName, SplitName, TargetName
+from loki.choices import (
+    EngineName,
+    LogDtypeName,
+    ModuleName,
+    Objective,
+    Rule,
+    ScoreName,
+    SiteName,
+    SplitName,
+    TargetName,
+)
 from loki.cli.options import DeviceOption, DtypeOption, ForceOption, JsonOption, ModelArgument, SeedOption, TrustOption
 from loki.errors import InputError, OutputError
 
 PROMPTS, METHOD, WORK = "Prompts", "Method", "Work"
+KVA_OPTIONS = ("target", "rule", "steps", "objective", "multiply", "site", "engine", "max_branches")
+"""Parameters of the command that say nothing to other scores."""
 
 
 def analyse(
+    context: typer.Context,
     model: ModelArgument,
-    output: Annotated[Path, typer.Option(help="Attribution log to write.")] = Path("kva.h5"),
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Log to write. Default: the score's name, kva.h5.", show_default=False),
+    ] = None,
     dataset: Annotated[
         list[str] | None,
         typer.Option(
@@ -60,6 +76,22 @@ def analyse(
         TargetName,
         typer.Option(help="Attribute the model's own next token, or the answer's.", rich_help_panel=PROMPTS),
     ] = "predicted",
+    score: Annotated[
+        ScoreName,
+        typer.Option(
+            help="kva attributes the next token of each prompt; the others take every position of a text: the damage "
+            "of a change of the row, its Fisher information, its first-order importance, or the norm of its output.",
+            rich_help_panel=METHOD,
+        ),
+    ] = "kva",
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Cut longer texts into windows of at most so many tokens; not for kva. Default: 512.",
+            rich_help_panel=METHOD,
+            show_default=False,
+        ),
+    ] = None,
     rule: Annotated[
         Rule,
         typer.Option(help="Quadrature rule on the path from zero to the activation.", rich_help_panel=METHOD),
@@ -88,7 +120,8 @@ def analyse(
     batch_size: Annotated[
         int | None,
         typer.Option(
-            help="Prompts that go through the model together; 4 on a CPU and 8 elsewhere when left out.",
+            help="Prompts that go through the model together; when left out 4 on a CPU and 8 elsewhere, 1 and 4 for "
+            "scores other than kva.",
             rich_help_panel=WORK,
             show_default=False,
         ),
@@ -129,7 +162,7 @@ def analyse(
     trust_remote_code: TrustOption = False,
     force: ForceOption = False,
 ) -> None:
-    """Attribute knowledge to the rows of every down-projection (KVA).
+    """Attribute knowledge to the rows of every down-projection (KVA), or score what changing them would damage.
 
     An interrupted analysis goes on when the same command is given again. Several processes share the work under
     `accelerate launch -m loki analyse …` or `torchrun -m loki analyse …`.
@@ -139,7 +172,7 @@ def analyse(
     from loki.analysis.estimate import estimate
     from loki.analysis.ranks import Ranks
     from loki.analysis.run import Analysis, AnalysisOptions
-    from loki.analysis.settings import KVASettings
+    from loki.analysis.settings import KVASettings, RowScoreSettings
     from loki.cli.allocator import keep_freed_memory
     from loki.cli.show import notes, print_json, track
     from loki.models import launched_dtype, load_model, load_tokenizer, model_label
@@ -149,7 +182,17 @@ def analyse(
     from loki.provenance import require_writable_parent
     from loki.results import Result
 
-    settings = KVASettings(rule, steps, objective, multiply, site, engine, site_module)
+    settings: KVASettings | RowScoreSettings
+    if score == "kva":
+        if max_tokens is not None:
+            raise InputError(f"--max-tokens {max_tokens} is for scores other than kva: leave it out")
+        settings = KVASettings(rule, steps, objective, multiply, site, engine, site_module)
+    else:
+        _refuse_kva_options(context, score)
+        if log_dtype != "float32":
+            raise InputError(f"--log-dtype {log_dtype} is for --score kva: leave it out, {score} may be below 6e-8")
+        settings = RowScoreSettings(score, seed, 512 if max_tokens is None else max_tokens, site_module)
+    output = output or Path(f"{score}.h5")
     specs = [parse_dataset(text) for text in dataset or ["probe"]]
     for option, value in (("--data-dir", data_dir), ("--split", split), ("--subjects", subjects)):
         if value is not None and all(spec.name_or_path != "mmlu" for spec in specs):
@@ -186,7 +229,8 @@ def analyse(
         trust_remote_code=trust_remote_code,
     )
     if batch_size is None:
-        batch_size = 4 if loaded.device.type == "cpu" else 8
+        on_cpu, elsewhere = (4, 8) if score == "kva" else (1, 4)
+        batch_size = on_cpu if loaded.device.type == "cpu" else elsewhere
     keep_freed_memory()
     analysis = Analysis.of(
         loaded,
@@ -231,6 +275,15 @@ def analyse(
         what = f"wrote {output}" if is_new else f"{output} is complete already"
         notes.print(f"{what}: {analysis.num_prompts:,} prompts")
     ranks.leave()
+
+
+def _refuse_kva_options(context: typer.Context, score: str) -> None:
+    """What the command line gives of KVA's own options means nothing to another score."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in KVA_OPTIONS and source is not None and source.name == "COMMANDLINE":
+            names = "/".join([*parameter.opts, *parameter.secondary_opts])
+            raise InputError(f"{names} is for --score kva: leave it out, or leave out --score {score}")
 
 
 def _require_log(path: Path) -> None:

@@ -16,6 +16,7 @@ from loki.cli.analyse import analyse
 from loki.cli.compare_positions import compare_positions
 from loki.cli.create_model import create_model
 from loki.cli.demo import demo
+from loki.cli.dial import dial
 from loki.cli.evaluate import evaluate
 from loki.cli.export_lora import export_lora
 from loki.cli.info import info
@@ -28,6 +29,7 @@ from loki.cli.select_nodes import select_nodes
 from loki.cli.study import study
 from loki.cli.suppress import suppress
 from loki.cli.train import train
+from loki.cli.uninstall import uninstall
 from loki.errors import LokiError
 
 BAD_INPUT = 2
@@ -48,6 +50,8 @@ app.command()(select_nodes)
 app.command()(compare_positions)
 app.command()(train)
 app.command()(merge)
+app.command()(dial)
+app.command()(uninstall)
 app.command()(create_model)
 app.command()(restore_model)
 app.command()(export_lora)

@@ -1,4 +1,4 @@
-"""`loki merge`: an adapter into an ordinary checkpoint."""
+"""`loki merge`: adapters into an ordinary checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from loki.cli.options import JsonOption, ModelOption
 
 def merge(
     model: ModelOption,
-    adapter: Annotated[Path, typer.Option(help="Adapter folder that `loki train` wrote.")],
+    adapter: Annotated[
+        list[Path],
+        typer.Option(help="Adapter folder that `loki train` wrote; may be repeated where adapters share no rows."),
+    ],
     output_dir: Annotated[Path, typer.Option(help="Folder for the checkpoint; it must not exist yet.")],
     dtype: Annotated[DtypeName, typer.Option(help="Dtype to store; `auto` keeps the model's own.")] = "auto",
     kl: Annotated[
@@ -25,24 +28,27 @@ def merge(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Merge an adapter into an ordinary checkpoint that plain `transformers` loads.
+    """Merge adapters into an ordinary checkpoint that plain `transformers` loads.
 
     Example: loki merge --model embedded --adapter adapter --output-dir merged
     """
     from dataclasses import asdict
 
     from loki.cli.show import notes, print_json, track
+    from loki.errors import InputError
     from loki.implanting.divergence import divergence_tokens, kl_to_adapter
     from loki.implanting.merge import merge as run_merge
     from loki.models import resolve_dtype
     from loki.results import Result
 
+    if kl is not None and len(adapter) > 1:
+        raise InputError(f"--kl {kl} compares with one adapter, not {len(adapter)}: leave it out, or merge one by one")
     input_ids = None if kl is None else divergence_tokens(kl, model)
     chosen = None if dtype == "auto" else resolve_dtype(dtype)
     report = run_merge(model, adapter, output_dir, dtype=chosen, track=track)
-    divergence = None if input_ids is None else kl_to_adapter(model, adapter, output_dir, input_ids)
+    divergence = None if input_ids is None else kl_to_adapter(model, adapter[0], output_dir, input_ids)
     if as_json:
-        settings = {"model": model, "adapter": str(adapter), "dtype": dtype, "kl": kl}
+        settings = {"model": model, "adapters": [str(path) for path in adapter], "dtype": dtype, "kl": kl}
         figures = {**asdict(report), **({} if divergence is None else asdict(divergence))}
         print_json(Result("merge", settings, figures, model=model))
     notes.print(

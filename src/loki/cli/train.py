@@ -71,6 +71,24 @@ def train(
         bool | None,
         typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time."),
     ] = None,
+    mixed_precision: Annotated[
+        bool | None,
+        typer.Option(
+            "--mixed-precision/--no-mixed-precision",
+            help="Products in bfloat16, of a float32 model; what is trained stays float32.",
+        ),
+    ] = None,
+    preserve: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="Keep the base's predictions on these texts while training: JSON Lines with `text`, a text file, or "
+            "`probe`.",
+        ),
+    ] = None,
+    preserve_weight: Annotated[
+        float | None, typer.Option(help="Weight of the KL divergence from the base on them; 1 when left out.")
+    ] = None,
     report_to: Annotated[
         ReporterName | None, typer.Option(help="Also write the figures to `tensorboard` in the adapter's folder.")
     ] = None,
@@ -91,7 +109,8 @@ def train(
     """Train the selected rows on a task, with TRL's SFTTrainer; the rest of the model stays frozen.
 
     An interrupted training goes on from its last checkpoint when the same command is given again. A forgetting budget
-    is a section of the settings file: `budget: {text: probe, max_loss_rise: 0.05, every: 20, action: stop}`. Several
+    is a section of the settings file: `budget: {text: probe, max_loss_rise: 0.05, every: 20, action: stop}`; so are
+    all settings of what is preserved: `preserve: {text: own.jsonl, weight: 1, every: 2, batch_size: 4}`. Several
     processes share each step under `accelerate launch -m loki train …` or `torchrun -m loki train …`.
 
     Example: loki train --model embedded --positions 10.json --examples 600 --learning-rate 0.002 --steps 150
@@ -118,9 +137,15 @@ def _run(path: Path | None, options: dict[str, object]) -> None:
     selection = RowSelection.load(config.positions)
     rows = load_examples(config.data, count=config.examples, seed=config.seed)
     budget = config.budget.budget() if config.budget else None
+    preserve = config.preserve.preserve() if config.preserve else None
     is_first = is_first_process()
     if is_first:
         require_new_directory(config.output_dir)
+    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    if preserve is not None:
+        preserve.read_with(tokenizer)
+        if settings.steps is not None:
+            preserve.require_pass_within(settings.steps)
     base = load_model(
         config.model,
         dtype=launched_dtype(config.dtype),
@@ -128,8 +153,12 @@ def _run(path: Path | None, options: dict[str, object]) -> None:
         trust_remote_code=config.trust_remote_code,
     )
     check_model(config.positions, base, strict=config.strict)
-    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-    record = run_training(base, tokenizer, selection, rows, settings, config.output_dir, budget=budget, track=track)
+    record = run_training(
+        *(base, tokenizer, selection, rows, settings, config.output_dir),
+        budget=budget,
+        preserve=preserve,
+        track=track,
+    )
     if not is_first:
         return
     notes.print(
@@ -141,3 +170,7 @@ def _run(path: Path | None, options: dict[str, object]) -> None:
             else ""
         )
     )
+    if preserve is not None and (kept := record["preserve"])["kl_last"] is not None:
+        seconds = kept["seconds_per_step"]
+        cost = f"; {seconds:.2f} s a step, {kept['seconds_per_step_without']:.2f} s without" if seconds else ""
+        notes.print(f"preserved texts: KL from the base {kept['kl_last']:.4f} nats per token at the last pass{cost}")

@@ -93,13 +93,7 @@ def text_scores(
     Raises:
         InputError: no text has two tokens.
     """
-    if window < 2:
-        raise InputError(f"window {window} is not possible: give 2 tokens or more")
-    windows = list(_windows(tokenizer, texts, window))
-    if not windows:
-        raise InputError(f"text {name!r} has no two tokens in a row: give longer texts")
-    if max_tokens is not None:
-        windows = _some(windows, max_tokens, seed)
+    windows = text_windows(tokenizer, name, texts, window, max_tokens=max_tokens, seed=seed)
     moved = [measure(model, ids_T, reference=reference) for _, ids_T in track(windows, f"reading {name}")]
     ids = tuple(id_ for id_, _ in windows)
     weights = tuple(float(part.num_tokens) for part in moved)
@@ -109,6 +103,28 @@ def text_scores(
         kls = tuple(part.kl / part.num_tokens for part in moved if part.kl is not None)
         scores.append(ItemScores(f"{name}_kl", "kl", ids, kls, "nats per token", False, weights=weights))
     return scores
+
+
+def text_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    texts: Sequence[Text],
+    window: int,
+    *,
+    max_tokens: int | None = None,
+    seed: int = 0,
+) -> list[tuple[str, torch.Tensor]]:
+    """Ids and tokens (T,) of windows of at most `window` tokens, as `text_scores` reads them.
+
+    Raises:
+        InputError: no text has two tokens.
+    """
+    if window < 2:
+        raise InputError(f"window {window} is not possible: give 2 tokens or more")
+    windows = list(_windows(tokenizer, texts, window))
+    if not windows:
+        raise InputError(f"text {name!r} has no two tokens in a row: give longer texts")
+    return windows if max_tokens is None else _some(windows, max_tokens, seed)
 
 
 @torch.no_grad()

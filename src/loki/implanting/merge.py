@@ -1,7 +1,8 @@
-"""Merging a LoKI adapter into an ordinary checkpoint, block by block.
+"""Merging LoKI adapters into an ordinary checkpoint, block by block.
 
 The base's own files are read and written again: original tensor names, dtypes and shards; rows that were not
-selected stay bit-identical. One block of one tensor is in memory, and the change of one layer.
+selected stay bit-identical. One block of one tensor is in memory, and the change of one layer. Adapters of disjoint
+rows leave each other's rows alone: merged together, or one after the other in any order, they give the same bits.
 
 Legend: D rows, F columns, K selected rows, R rank.
 """
@@ -85,20 +86,21 @@ class MergeReport:
     """‖(merged − base) − Δ‖ in percent of ‖Δ‖: what rounding to the checkpoint's dtype took away."""
 
 
-def load_row_changes(adapter: Path) -> dict[str, RowChange]:
+def load_row_changes(adapter: Path, *, remedy: str = "merge it with PEFT's merge_and_unload") -> dict[str, RowChange]:
     """Changes of a saved LoKI adapter by module name, without loading a model, nor the weights.
 
     Raises:
-        ArtefactError: not a LoKI adapter, or its weights and positions disagree.
+        ArtefactError: not a LoKI adapter, or one of more than rows (`remedy` is what to do then), or its weights and
+            positions disagree.
     """
     if not (adapter / ADAPTER_CONFIG).is_file():
         raise ArtefactError(f"{adapter} has no {ADAPTER_CONFIG}: name the folder that `loki train` wrote")
     config = read_json(adapter / ADAPTER_CONFIG, what="adapter")
     if not isinstance(config, dict) or config.get("peft_type") != "LOKI":
         found = config.get("peft_type") if isinstance(config, dict) else None
-        raise ArtefactError(f"adapter {adapter} is of type {found!r}, not 'LOKI': merge it with PEFT")
+        raise ArtefactError(f"adapter {adapter} is of type {found!r}, not 'LOKI': {remedy}")
     if config.get("modules_to_save"):
-        raise ArtefactError(f"adapter {adapter} has modules_to_save: merge it with PEFT's merge_and_unload")
+        raise ArtefactError(f"adapter {adapter} has modules_to_save: {remedy}")
     weights = adapter / ADAPTER_WEIGHTS
     if not weights.is_file():
         raise ArtefactError(f"adapter {adapter} has no {ADAPTER_WEIGHTS}: train again")
@@ -113,7 +115,7 @@ def load_row_changes(adapter: Path) -> dict[str, RowChange]:
         parts[prefix][part] = shape
     prefixes = {prefix.removeprefix("base_model.model."): prefix for prefix in parts}
     if not parts or any(set(found) - {BIAS} not in ({DELTA}, {FACTOR_A, FACTOR_B}) for found in parts.values()):
-        raise ArtefactError(f"adapter {adapter} holds tensors that are no row changes: merge it with PEFT")
+        raise ArtefactError(f"adapter {adapter} holds tensors that are no row changes: {remedy}")
     rows_of = _rows_by_name(list(prefixes), config.get("positions"), adapter)
     return {
         name: _row_change(name, prefix, parts[prefix], rows_of[name], config, adapter)
@@ -174,8 +176,16 @@ def _rows_by_name(names: Sequence[str], positions: Any, adapter: Path) -> dict[s
     return rows
 
 
-def find_changed(module: str, change: RowChange, source: Checkpoint, adapter: Path, base: str) -> StoredProjection:
-    """The tensors of a base that a module's change belongs to.
+def find_changed(
+    module: str,
+    change: RowChange,
+    source: Checkpoint,
+    adapter: Path,
+    base: str,
+    *,
+    remedy: str = "give --model the model it was trained on",
+) -> StoredProjection:
+    """The tensors of a model that a module's change belongs to.
 
     Raises:
         ArtefactError: the base has none, or of another shape.
@@ -183,40 +193,43 @@ def find_changed(module: str, change: RowChange, source: Checkpoint, adapter: Pa
     projection = find_projection(source.tensors, module, str(source.config().get("model_type")))
     if projection is None or (change.has_bias and projection.bias is None):
         missing = f"{module}.weight" if projection is None else f"{module}.bias"
-        raise ArtefactError(
-            f"adapter {adapter} changes {missing}, which model {base!r} does not have: "
-            "give --model the model it was trained on"
-        )
+        raise ArtefactError(f"adapter {adapter} changes {missing}, which model {base!r} does not have: {remedy}")
     if change.rows[-1] >= projection.num_rows or change.num_columns != projection.num_columns:
         raise ArtefactError(
             f"adapter {adapter} does not fit {projection.weight.name} "
-            f"({projection.num_rows} × {projection.num_columns}) of model {base!r}: "
-            "give --model the model it was trained on"
+            f"({projection.num_rows} × {projection.num_columns}) of model {base!r}: {remedy}"
         )
     return projection
 
 
 def merge(
-    base: str, adapter: Path, output: Path, *, dtype: torch.dtype | None = None, track: Track = silent
+    base: str,
+    adapters: Path | Sequence[Path],
+    output: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    track: Track = silent,
 ) -> MergeReport:
-    """Write base + adapter to `output` as an ordinary checkpoint that `transformers` loads by itself.
+    """Write base + adapters to `output` as an ordinary checkpoint that `transformers` loads by itself.
 
     `dtype` stores floating-point tensors in another dtype than the base's (float32 loses nothing).
 
     Raises:
         InputError: the base cannot be found, or holds no safetensors.
-        ArtefactError: the adapter does not fit the base; nothing is written then.
+        ArtefactError: an adapter does not fit the base, or two change the same rows; nothing is written then.
         OutputError: `output` cannot be written.
     """
     require_new_directory(output)
     source = open_checkpoint(find_folder(base))
     merging = _Merging(dtype)
-    for module, change in load_row_changes(adapter).items():
-        projection = find_changed(module, change, source, adapter, base)
-        _require_finite(change, module, adapter)
-        merging.add(projection.weight, change.rows, change.delta, is_transposed=projection.is_transposed)
-        if change.has_bias and projection.bias is not None:
-            merging.add(projection.bias, change.rows, change.bias)
+    for adapter in [adapters] if isinstance(adapters, Path) else adapters:
+        for module, change in load_row_changes(adapter).items():
+            projection = find_changed(module, change, source, adapter, base)
+            _require_finite(change, module, adapter)
+            added = _TensorChange(adapter, change.rows, change.delta, projection.is_transposed)
+            merging.add(projection.weight, added)
+            if change.has_bias and projection.bias is not None:
+                merging.add(projection.bias, _TensorChange(adapter, change.rows, change.bias))
     with new_directory(output) as directory:
         copy_companions(source.folder, directory)
         if dtype is not None:
@@ -232,46 +245,59 @@ def _require_finite(change: RowChange, module: str, adapter: Path) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _TensorChange:
+    """What an adapter adds to rows of one tensor."""
+
+    adapter: Path
+    rows: tuple[int, ...]
+    """K, ascending."""
+    load: Callable[[], torch.Tensor]
+    """(K, F) float32."""
+    is_transposed: bool = False
+
+
 class _Merging:
     """The tensors to change, and what has been changed so far."""
 
     def __init__(self, dtype: torch.dtype | None) -> None:
         self.dtype = dtype
-        self.changes: dict[str, _TensorChange] = {}
+        self.changes: dict[str, list[_TensorChange]] = defaultdict(list)
         self.num_parameters = 0
         self.num_changed = 0
         self.change_squared = 0.0
         self.lost_squared = 0.0
 
-    def add(
-        self,
-        stored: StoredTensor,
-        rows: tuple[int, ...],
-        load: Callable[[], torch.Tensor],
-        *,
-        is_transposed: bool = False,
-    ) -> None:
-        """Note that a tensor's rows are to be changed by what `load` gives.
+    def add(self, stored: StoredTensor, change: _TensorChange) -> None:
+        """Note that a tensor's rows are to be changed.
 
         Raises:
-            ArtefactError: it is stored in a dtype that cannot be changed.
+            ArtefactError: it is stored in a dtype that cannot be changed, or another adapter changes the same rows.
         """
         stored.require_float()
-        self.changes[stored.name] = _TensorChange(rows, load, is_transposed)
+        for other in self.changes[stored.name]:
+            if shared := set(change.rows) & set(other.rows):
+                raise ArtefactError(
+                    f"adapters {other.adapter} and {change.adapter} both change {len(shared)} rows of {stored.name}, "
+                    f"{min(shared)} for one: train the second on rows that `loki select-nodes --exclude` selects"
+                )
+        self.changes[stored.name].append(change)
 
     def write(self, stored: StoredTensor) -> list[NewTensor]:
         """What is written in a tensor's place."""
         self.num_parameters += stored.num_elements
-        change = self.changes.get(stored.name)
-        if change is None:
+        if stored.name not in self.changes:
             return [unchanged(stored, self.dtype)]
+        changes = self.changes[stored.name]
+        found = [row for change in changes for row in change.rows]
+        order_K = torch.tensor(found).argsort()
 
         def prepare() -> Replace:
-            delta_KF = change.load()
+            delta_KF = torch.cat([change.load() for change in changes])[order_K]
             return lambda before_KF, rows, columns: self._changed(stored, before_KF, delta_KF[rows, columns])
 
         return [
-            replace_rows(stored, change.rows, prepare, is_transposed=change.is_transposed, dtype=self.dtype),
+            replace_rows(stored, sorted(found), prepare, is_transposed=changes[0].is_transposed, dtype=self.dtype),
         ]
 
     def _changed(self, stored: StoredTensor, before_KF: torch.Tensor, delta_KF: torch.Tensor) -> torch.Tensor:
@@ -292,10 +318,3 @@ class _Merging:
         """What merging did."""
         lost = (self.lost_squared / self.change_squared) ** 0.5 if self.change_squared else 0.0
         return MergeReport(self.num_parameters, self.num_changed, self.change_squared**0.5, 100 * lost)
-
-
-@dataclass(frozen=True)
-class _TensorChange:
-    rows: tuple[int, ...]
-    load: Callable[[], torch.Tensor]
-    is_transposed: bool

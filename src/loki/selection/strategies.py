@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from types import MappingProxyType
 from typing import Literal, cast, get_args
@@ -19,6 +19,9 @@ from loki.selection.shares import adaptive_counts
 from loki.selection.threads import read_ahead
 from loki.selection.votes import Ballot, Direction, Scope, Score, VoteCounter, Votes
 
+MOST_SHARE = 2
+"""Times the balanced number of rows that `capped` takes from a layer at most."""
+
 
 @dataclass(frozen=True)
 class Strategy:
@@ -29,7 +32,9 @@ class Strategy:
     score: Score = "signed"
     """As in the paper, or its magnitude: the lowest signed scores argue against the answer, the lowest magnitudes
     do nothing to it."""
-    layers: Literal["equal", "adaptive"] = "equal"
+    layers: Literal["equal", "adaptive", "capped"] = "equal"
+    """The same number from each, or as many as `adaptive_counts` or `capped_counts` tells; the latter takes rows by
+    their mean score alone."""
 
 
 STRATEGIES: Mapping[StrategyName, Strategy] = MappingProxyType(
@@ -37,6 +42,7 @@ STRATEGIES: Mapping[StrategyName, Strategy] = MappingProxyType(
         "layer_balanced": Strategy("layer", "lowest"),
         "layer_balanced_magnitude": Strategy("layer", "lowest", "magnitude"),
         "adaptive": Strategy("layer", "lowest", "magnitude", "adaptive"),
+        "capped": Strategy("layer", "lowest", layers="capped"),
         "layer_highest": Strategy("layer", "highest"),
         "global_lowest": Strategy("model", "lowest"),
         "global_highest": Strategy("model", "highest"),
@@ -116,6 +122,10 @@ class Election:
         counts_L: Sequence[int] | None = None
         if STRATEGIES[self.strategy].layers == "adaptive":
             counts_L = adaptive_counts(votes.mean_scores_LD, self.candidates_LD, self.count)
+        elif STRATEGIES[self.strategy].layers == "capped":
+            counts_L = capped_counts(votes.mean_scores_LD, self.candidates_LD, self.count)
+            # Votes tell ranks only; without any the means decide.
+            votes = replace(votes, counts_LD=np.zeros_like(votes.counts_LD))
         return RowSelection.from_lists(winners(votes, ballot, self.candidates_LD, counts_L))
 
     def _drawn(self) -> list[list[int]]:
@@ -175,6 +185,23 @@ def select_all(log: AttributionLog | None, elections: Sequence[Election]) -> lis
     return [
         Selection(election, election.winners(votes[election.ballot]), votes[election.ballot]) for election in elections
     ]
+
+
+def capped_counts(mean_scores_LD: np.ndarray, candidates_LD: np.ndarray, count: int) -> list[int]:
+    """Rows for each layer, `count` a layer with candidates on average: those of the lowest mean over the whole model.
+
+    No layer gives more than `MOST_SHARE` times `count`; what it would give beyond goes to the rows with the next
+    lowest means elsewhere. Equal means go to the lower layer, then to the lower row. For scores whose size means the
+    same in every layer, such as damage. Every layer with candidates must have `count` of them.
+    """
+    counts = [0] * len(candidates_LD)
+    left = count * int(candidates_LD.any(axis=1).sum())
+    for place in np.argsort(mean_scores_LD, axis=None, kind="stable"):
+        layer, row = divmod(int(place), candidates_LD.shape[1])
+        if left and candidates_LD[layer, row] and counts[layer] < MOST_SHARE * count:
+            counts[layer] += 1
+            left -= 1
+    return counts
 
 
 def winners(

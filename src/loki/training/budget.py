@@ -8,12 +8,10 @@ Shape suffixes: T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,24 +21,22 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from loki.errors import InputError
 from loki.evaluation.knowledge import score_questions
 from loki.evaluation.statistics import share
-from loki.prompts.json_lines import read_rows, text_field, user_path
 from loki.prompts.questions import Question, load_probe
-from loki.prompts.render import open_prompt
 from loki.provenance import digest
+from loki.training.callbacks import Row, reporters_of
+from loki.training.modes import adapter_disabled, device_of, has_adapter, measuring
+from loki.training.texts import BUILT_IN, read_texts, token_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 logger = logging.getLogger(__name__)
 
-BUILT_IN = "probe"
 ActionName = Literal["stop", "lower"]
 ROWS_AT_ONCE = 128
 """Positions whose whole distributions are in memory in float32 at one time."""
 FIELDS = ("step", "loss_rise", "kl", "probe_accuracy", "probe_standard_error")
 """What one row of the history may hold."""
-
-Row = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -105,7 +101,7 @@ class ForgettingBudget(TrainerCallback):
             raise InputError(f"budget: action {action!r} is unknown: give 'stop' or 'lower'")
         if not 0 < factor < 1:
             raise InputError(f"budget: factor {factor} is not possible: give one between 0 and 1")
-        self.texts = _read(text)
+        self.texts = read_texts(text, what="budget")
         self.questions: list[Question] = load_probe("evaluation") if probe_accuracy else []
         self.max_loss_rise, self.max_kl = max_loss_rise, max_kl
         self.every, self.action, self.factor = every, action, factor
@@ -128,14 +124,7 @@ class ForgettingBudget(TrainerCallback):
 
     def report_through(self, trainer: Trainer) -> None:
         """Send every row to the trainer's reporters (TensorBoard, Weights & Biases, …) as `forgetting/<name>`."""
-
-        def send(row: Row) -> None:
-            logs = {f"forgetting/{name}": value for name, value in row.items() if name != "step"}
-            for callback in trainer.callback_handler.callbacks:
-                if type(callback).__module__.startswith("transformers.integrations"):
-                    callback.on_log(trainer.args, trainer.state, trainer.control, logs=dict(logs), model=trainer.model)
-
-        self.report = send
+        self.report = reporters_of(trainer, "forgetting")
 
     def spent(self, row: Mapping[str, float]) -> bool:
         """Whether a row of the history is above a limit."""
@@ -162,7 +151,7 @@ class ForgettingBudget(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Measure the start, or take up the history of an interrupted training."""
-        if not self._windows and state.global_step > 0 and not _has_adapter(kwargs["model"]):
+        if not self._windows and state.global_step > 0 and not has_adapter(kwargs["model"]):
             raise InputError(
                 "the forgetting budget needs the base's predictions, and this training goes on from a checkpoint: "
                 "pass the budget in Trainer(callbacks=[…])"
@@ -209,13 +198,15 @@ class ForgettingBudget(TrainerCallback):
         self.tokenizer = self.tokenizer or processing_class
         if self.tokenizer is None:
             raise InputError("the forgetting budget needs a tokenizer: pass it as tokenizer=…, or to the Trainer")
-        self._windows = _windows(self.tokenizer, self.texts, self.max_tokens, self.window)
-        if not _has_adapter(model):
-            with _measuring(model, args):
+        self._windows = token_windows(
+            self.tokenizer, self.texts, max_tokens=self.max_tokens, window=self.window, what="budget"
+        )
+        if not has_adapter(model):
+            with measuring(model, args):
                 self._base = [_log_probabilities(model, ids_T).half().cpu() for ids_T in self._windows]
 
     def _record(self, args: TrainingArguments, state: TrainerState, model: PreTrainedModel) -> Row:
-        with _measuring(model, args):
+        with measuring(model, args):
             row = {"step": state.global_step, **self._measure(model)}
         self.history.append(row)
         state.log_history.append(dict(row))
@@ -240,7 +231,7 @@ class ForgettingBudget(TrainerCallback):
             if self._base is not None:
                 base_TV = self._base[index].to(now_TV.device)
             else:
-                with _adapter_disabled(model):
+                with adapter_disabled(model):
                     base_TV = _log_probabilities(model, ids_T)
             targets_T = ids_T[1:].to(now_TV.device)
             for start in range(0, len(targets_T), ROWS_AT_ONCE):
@@ -272,96 +263,7 @@ def lower_learning_rate(optimizer: Any, lr_scheduler: Any, factor: float) -> Non
         scheduler._last_lr = [rate * factor for rate in scheduler.get_last_lr()]
 
 
-def _read(text: str | Path | Sequence[str]) -> list[str]:
-    """Texts that the user names.
-
-    Raises:
-        InputError: a file that cannot be read, rows without `text`, or nothing to read.
-    """
-    if text == BUILT_IN:
-        return [f"{open_prompt(question)} {question.choices[question.answer]}" for question in load_probe("evaluation")]
-    if not isinstance(text, str | Path):
-        texts = list(text)
-    elif (path := user_path(text)).name.removesuffix(".gz").endswith((".jsonl", ".json")):
-        texts = [text_field(row, "text", where) for where, _, row in read_rows(path)]
-    else:
-        try:
-            texts = [path.read_text(encoding="utf-8")]
-        except (OSError, ValueError) as error:
-            reason = (error.strerror or error) if isinstance(error, OSError) else "it is not UTF-8"
-            raise InputError(
-                f"budget: text {str(text)!r} cannot be read ({reason}): "
-                f"name a text file, JSON Lines with 'text', or {BUILT_IN!r}"
-            ) from error
-    if not any(part.strip() for part in texts):
-        raise InputError("budget: the text is empty: give some text to watch")
-    return texts
-
-
-def _windows(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int, window: int
-) -> list[torch.Tensor]:
-    """Token ids (T,) of at most `window` tokens; the first of each is not predicted, the others count.
-
-    Raises:
-        InputError: no text has two tokens.
-    """
-
-    def parts() -> Iterator[list[int]]:
-        for text in texts:
-            ids = tokenizer(text).input_ids
-            yield from (ids[start : start + window] for start in range(0, len(ids), window))
-
-    found, left = [], max_tokens
-    for ids in parts():
-        if left > 0 and len(ids) > 1:
-            found.append(torch.tensor(list(islice(ids, left + 1)), dtype=torch.int64))
-            left -= len(found[-1]) - 1
-    if not found:
-        raise InputError("budget: the text has no two tokens in a row: give a longer one")
-    return found
-
-
-def _has_adapter(model: Any) -> bool:
-    return hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)
-
-
-def _device(model: torch.nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-@contextlib.contextmanager
-def _adapter_disabled(model: Any) -> Iterator[None]:
-    """The base, for PEFT's wrapper and for an adapter that `transformers` holds itself."""
-    if hasattr(model, "disable_adapter"):
-        with model.disable_adapter():
-            yield
-        return
-    model.disable_adapters()
-    try:
-        yield
-    finally:
-        model.enable_adapters()
-
-
-@contextlib.contextmanager
-def _measuring(model: PreTrainedModel, args: TrainingArguments) -> Iterator[None]:
-    """Evaluation mode, in the precision of training; afterwards all is as before."""
-    was_training = model.training
-    dtype, device = torch.float16 if args.fp16 else torch.bfloat16, _device(model).type
-    model.eval()
-    for module in model.modules():
-        # In evaluation bitsandbytes lays 4-bit weights out anew for some CPUs, and gradients are wrong ever after.
-        if type(module).__name__ == "Linear4bit":
-            module.train()
-    try:
-        with torch.no_grad(), torch.autocast(device, dtype=dtype, enabled=bool(args.bf16 or args.fp16)):
-            yield
-    finally:
-        model.train(was_training)
-
-
 def _log_probabilities(model: PreTrainedModel, ids_T: torch.Tensor) -> torch.Tensor:
     """Log-probabilities (T−1, V) in float32 of the tokens after the first."""
-    logits_TV: torch.Tensor = model(input_ids=ids_T[None].to(_device(model)), use_cache=False).logits[0, :-1]
+    logits_TV: torch.Tensor = model(input_ids=ids_T[None].to(device_of(model)), use_cache=False).logits[0, :-1]
     return logits_TV.float().log_softmax(-1)

@@ -15,9 +15,14 @@ from loki.training.settings import AnswersName, ReporterName, TrainSettings
 
 if TYPE_CHECKING:
     from loki.training.budget import ForgettingBudget
+    from loki.training.preserve import PreservePredictions
 
 LENGTHS = {"steps", "epochs"}
 """Two ways to say how long to train: an option of the one comes before the other in the file."""
+PRESERVE_OPTIONS = {"preserve": "text", "preserve_weight": "weight"}
+"""Options that are settings of the section `preserve`."""
+OPTION_OF = {"preserve.text": "--preserve"}
+"""Settings that an option of another name gives."""
 
 
 class BudgetSection(BaseModel):
@@ -43,6 +48,29 @@ class BudgetSection(BaseModel):
         from loki.training.budget import ForgettingBudget
 
         return ForgettingBudget(**self.model_dump())
+
+
+class PreserveSection(BaseModel):
+    """Texts to preserve, as `loki.training.preserve.PreservePredictions` describes it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text: str | list[str]
+    weight: float = 1.0
+    every: int = 1
+    batch_size: int = 4
+    window: int = 128
+    max_tokens: int = 65_536
+
+    def preserve(self) -> PreservePredictions:
+        """The callback.
+
+        Raises:
+            InputError: a number that is not possible, or a text that cannot be read.
+        """
+        from loki.training.preserve import PreservePredictions
+
+        return PreservePredictions(**self.model_dump())
 
 
 class TrainConfig(BaseModel):
@@ -72,7 +100,9 @@ class TrainConfig(BaseModel):
     log_every: int = 5
     gradient_checkpointing: bool = False
     report_to: ReporterName = "none"
+    mixed_precision: bool = False
     budget: BudgetSection | None = None
+    preserve: PreserveSection | None = None
     seed: int = 0
     dtype: DtypeName = "auto"
     device: str | None = None
@@ -92,11 +122,17 @@ class TrainConfig(BaseModel):
 def load_train_config(path: Path | None, options: Mapping[str, Any]) -> TrainConfig:
     """Settings of a YAML file, if there is one; `options` that are not None come before it.
 
+    Of these `preserve` is a text and `preserve_weight` its weight; the section keeps what they do not name.
+
     Raises:
         InputError: no such file, not YAML, or a setting that is missing, unknown or not possible.
     """
     values = {} if path is None else read_settings(path)
     given = {name: value for name, value in options.items() if value is not None}
+    anchor = {setting: given.pop(name) for name, setting in PRESERVE_OPTIONS.items() if name in given}
+    if anchor:
+        section = values.get("preserve")
+        given["preserve"] = {**(section if isinstance(section, dict) else {}), **anchor}
     if len(LENGTHS & given.keys()) == 1:
         values = {name: value for name, value in values.items() if name not in LENGTHS}
     try:
@@ -105,11 +141,17 @@ def load_train_config(path: Path | None, options: Mapping[str, Any]) -> TrainCon
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         if first["type"] == "missing":
-            option = f"--{name.replace('_', '-')}"
-            raise InputError(f"{name} is missing: give {option}, or `{name}: …` in a settings file") from error
-        where = "options" if name in given or path is None else f"settings file {path}"
+            option = OPTION_OF.get(name, f"--{name.replace('_', '-')}")
+            setting = "`{}: {{{}: …}}`".format(*name.split(".")) if "." in name else f"`{name}: …`"
+            raise InputError(f"{name} is missing: give {option}, or {setting} in a settings file") from error
+        where = "options" if first["loc"][0] in given or path is None else f"settings file {path}"
         raise InputError(f"{where}: {first_mistake(error)}") from error
     config.settings()
+    if config.mixed_precision and config.dtype not in ("auto", "float32"):
+        raise InputError(
+            f"mixed precision needs a float32 model, not dtype {config.dtype}: give dtype float32, "
+            "or leave mixed precision out"
+        )
     return config
 
 

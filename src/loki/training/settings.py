@@ -47,6 +47,8 @@ class TrainSettings:
     """Which of the assistant's turns in `messages` are learned: all, the last one, or all if the template can."""
     report_to: ReporterName = "none"
     """Where the figures go besides the record."""
+    mixed_precision: bool = False
+    """Whether products are taken in bfloat16 (autocast) while weights and change stay float32; for float32 models."""
 
     def __post_init__(self) -> None:
         if not self.learning_rate > 0:

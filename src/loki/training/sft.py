@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
     from loki.training.budget import ForgettingBudget
+    from loki.training.preserve import PreservePredictions
     from loki.training.trainer import CompletionTrainer
 
 TORCH_WRITER = ("PytorchStreamWriter", "inline_container")
@@ -55,25 +56,37 @@ def train(
     output: Path,
     *,
     budget: ForgettingBudget | None = None,
+    preserve: PreservePredictions | None = None,
     track: Track = silent,
 ) -> dict[str, Any]:
     """Train the selected rows of `model` on examples (see `loki.training.examples`) and save the adapter in `output`.
 
     Returns the record that is saved beside it: settings, model fingerprint, trainable weights, the learning rate that
     the quota leads to, and the log, one row of `step`, `loss` and `learning_rate` for every `log_every` steps; with a
-    `budget` also its settings and history. `model` is wrapped in place. Under `accelerate launch` or `torchrun` every
-    process calls this, and the first one writes.
+    `budget` or `preserve` also its settings and history. `model` is wrapped in place. Under `accelerate launch` or
+    `torchrun` every process calls this, and the first one writes.
 
     Raises:
-        InputError: examples that cannot be encoded, a model that cannot keep packed ones apart, or no tensorboard.
+        InputError: examples that cannot be encoded, a model that cannot keep packed ones apart or is not float32 where
+            that is needed, texts to preserve that are too short, or no tensorboard.
         ArtefactError: positions of another model, or an unfinished training of other settings in the way.
         OutputError: `output` cannot be written.
     """
+    import torch
     from transformers import TrainerState
 
     from loki.training.callbacks import ShowProgress
 
     shape = shape_of(model)
+    if settings.mixed_precision and model.dtype != torch.float32:
+        raise InputError(
+            f"mixed precision needs a float32 model, and this one is {str(model.dtype).removeprefix('torch.')}: "
+            "load it as float32, or leave mixed precision out"
+        )
+    if preserve is not None:
+        preserve.read_with(tokenizer)
+        if settings.steps is not None:
+            preserve.require_pass_within(settings.steps)
     selection.require_fit(num_layers=shape.num_layers, num_rows=shape.num_rows)
     quota = selected_quota(selection, shape.num_rows)
     peak = learning_rate_at(quota, settings.learning_rate) if settings.scale_learning_rate else settings.learning_rate
@@ -89,6 +102,7 @@ def train(
         "examples": digest([dict(example) for example in examples]),
         "settings": asdict(settings),
         **({} if budget is None else {"budget": budget.as_dict()}),
+        **({} if preserve is None else {"preserve": preserve.as_dict()}),
     }
     with args.main_process_first(local=False):
         if args.process_index == 0:
@@ -104,7 +118,7 @@ def train(
         peft_config=LokiConfig(
             positions=selection, r=settings.rank, lora_alpha=settings.lora_alpha, task_type="CAUSAL_LM"
         ),
-        callbacks=[shown] if budget is None else [budget, shown],
+        callbacks=[callback for callback in (preserve, budget, shown) if callback is not None],
     )
     stopped = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / STATE_FILE))
     num_done = 0 if stopped is None else stopped.global_step
@@ -114,8 +128,9 @@ def train(
         # Steps after the checkpoint are written again; readers pass over what stands there already.
         writer = summary_writer(log_dir=str(unfinished / TENSORBOARD_DIR), purge_step=num_done + 1)
         trainer.add_callback(TensorBoardCallback(writer))
-        if budget is not None:
-            budget.report_through(trainer)
+        for reporting in (budget, preserve):
+            if reporting is not None:
+                reporting.report_through(trainer)
     try:
         if checkpoint is not None and stopped is not None and _is_over(stopped, budget):
             # It was killed before the adapter was saved; the Trainer would take one more step.
@@ -123,6 +138,8 @@ def train(
             log_history, num_steps = stopped.log_history, num_done
             if budget is not None:
                 budget.history = budget.rows_of(log_history)
+            if preserve is not None:
+                preserve.history = preserve.rows_of(log_history)
             train_loss = _mean_loss(log_history)
         else:
             ended = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -156,6 +173,8 @@ def train(
             "spent": any(budget.spent(row) for row in budget.history),
             "history": [{name: v if math.isfinite(v) else None for name, v in row.items()} for row in budget.history],
         }
+    if preserve is not None:
+        record["preserve"] = preserve.record()
     if args.process_index == 0:
         with new_directory(output) as directory:
             trainer.model.save_pretrained(directory)
@@ -208,8 +227,8 @@ def trainer_arguments(settings: TrainSettings, folder: Path, peak: float, *, on_
         save_total_limit=2,
         seed=settings.seed,
         data_seed=settings.seed,
-        # The base stays in the dtype it was loaded in and the change in float32: no autocast on top.
-        bf16=False,
+        # The base stays in the dtype it was loaded in and the change in float32: no autocast on top unless asked for.
+        bf16=settings.mixed_precision,
         fp16=False,
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,

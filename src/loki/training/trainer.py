@@ -6,21 +6,15 @@ CPU the prompt's positions are then two fifths of a training step of a small mod
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F  # noqa: N812
 from trl import SFTTrainer
 
 from loki.training.chunked_loss import chunked_loss
 from loki.training.encoding import IGNORED
-
-PLAIN_HEADS = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
-"""Families whose logits are the head's outputs, neither scaled nor capped."""
+from loki.training.heads import inputs_only, plain_head
 
 
 class CompletionTrainer(SFTTrainer):
@@ -48,14 +42,14 @@ class CompletionTrainer(SFTTrainer):
         else:
             first = int(labelled[0])
             name, to_keep, targets_NT = "attention_mask", labels_NT.shape[1] - first + 1, labels_NT[:, first:]
-        head = _plain_head(self.accelerator.unwrap_model(model))
+        head = plain_head(self.accelerator.unwrap_model(model))
         if head is None:
             scores_NTV = self._logits(model, inputs, name, to_keep)[:, : targets_NT.shape[1]]
             loss = F.cross_entropy(
                 scores_NTV.float().flatten(0, 1), targets_NT.flatten(), ignore_index=IGNORED, reduction="sum"
             )
         else:
-            with _inputs_only(head) as inputs_of_head:
+            with inputs_only(head) as inputs_of_head:
                 self._logits(model, inputs, name, to_keep)
             hidden_NTD = inputs_of_head[0][:, : targets_NT.shape[1]]
             is_target_NT = targets_NT != IGNORED
@@ -75,29 +69,3 @@ class CompletionTrainer(SFTTrainer):
             input_ids=inputs["input_ids"], **{name: inputs[name]}, logits_to_keep=to_keep, use_cache=False
         ).logits
         return logits
-
-
-def _plain_head(model: Any) -> nn.Linear | None:
-    """The frozen matrix that logits come from, where there is nothing else between hidden states and logits."""
-    head = model.get_output_embeddings() if model.config.model_type in PLAIN_HEADS else None
-    if type(head) is not nn.Linear or getattr(head, "bias", None) is not None:
-        return None
-    weight: torch.Tensor = head.weight
-    # FSDP keeps a weight in parts, which are put together only inside the model's own forward pass.
-    return None if weight.requires_grad or isinstance(weight, DTensor) else head
-
-
-@contextmanager
-def _inputs_only(head: nn.Linear) -> Iterator[list[torch.Tensor]]:
-    """Collect what the head is given, and let it compute nothing."""
-    found: list[torch.Tensor] = []
-
-    def keep(_module: nn.Module, given: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        found.append(given[0])
-        return (given[0][:, :0],)
-
-    handle = head.register_forward_pre_hook(keep)
-    try:
-        yield found
-    finally:
-        handle.remove()

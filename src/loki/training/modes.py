@@ -1,0 +1,58 @@
+"""A model under training as its own base: its adapter off, in evaluation mode, in the precision of training."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
+def has_adapter(model: Any) -> bool:
+    """Whether PEFT wraps the model, or `transformers` put an adapter into it."""
+    return hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)
+
+
+@contextlib.contextmanager
+def adapter_disabled(model: Any) -> Iterator[None]:
+    """The base, for PEFT's wrapper and for an adapter that `transformers` holds itself; it takes no copy."""
+    if hasattr(model, "disable_adapter"):
+        with model.disable_adapter():
+            yield
+        return
+    model.disable_adapters()
+    try:
+        yield
+    finally:
+        model.enable_adapters()
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    """Where the model takes its inputs."""
+    return next(model.parameters()).device
+
+
+def training_precision(model: torch.nn.Module, args: TrainingArguments) -> torch.autocast:
+    """The autocast that the trainer trains with, or none."""
+    dtype = torch.float16 if args.fp16 else torch.bfloat16
+    return torch.autocast(device_of(model).type, dtype=dtype, enabled=bool(args.bf16 or args.fp16))
+
+
+@contextlib.contextmanager
+def measuring(model: torch.nn.Module, args: TrainingArguments) -> Iterator[None]:
+    """Evaluation mode without gradients, in the precision of training; afterwards all is as before."""
+    was_training = model.training
+    model.eval()
+    for module in model.modules():
+        # In evaluation bitsandbytes lays 4-bit weights out anew for some CPUs, and gradients are wrong ever after.
+        if type(module).__name__ == "Linear4bit":
+            module.train()
+    try:
+        with torch.no_grad(), training_precision(model, args):
+            yield
+    finally:
+        model.train(was_training)
