@@ -166,6 +166,14 @@ def test_a_whole_run_is_a_front(study, tmp_path, base_loss):
     assert "scaled" not in done(scaled, tmp_path, "zeroed", "suppress").figures
 
 
+def test_mixed_precision_is_in_effect(study, tmp_path):
+    train = study.train.model_copy(update={"mixed_precision": True})
+    mixed = scores_of(done(study.model_copy(update={"train": train}), tmp_path, "rows"))["held_out"]
+    plain = scores_of(done(study, tmp_path, "rows"))["held_out"]
+    assert mixed != plain
+    assert mixed.scores == pytest.approx(plain.scores, rel=0.05)
+
+
 @pytest.mark.parametrize("method", ["full", "lora", "rows"])
 def test_the_trainer_leaves_nothing_on_the_model_that_is_scored(study, tmp_path, method, monkeypatch):
     """Autocast, for one, would round what is measured: trained at a rate of nearly nothing, nothing has moved."""

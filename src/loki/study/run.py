@@ -153,6 +153,7 @@ def _train(
         scale_learning_rate=False,
         log_every=10,
         save_every=10**9,
+        mixed_precision=train.mixed_precision,
     )
     torch.manual_seed(run.seed)
     encoded = encode_examples(tokenizer, task.examples)
@@ -161,7 +162,6 @@ def _train(
     with tempfile.TemporaryDirectory() as folder:
         args = trainer_arguments(chosen, Path(folder), run.learning_rate, on_cpu=model.device.type == "cpu")
         args.save_strategy = "no"
-        args.bf16 = train.mixed_precision
         trainer = make_trainer(model, tokenizer, encoded, args, peft_config=config, callbacks=[clock])
         trained = trainer.model
         if config is None:
