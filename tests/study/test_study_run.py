@@ -9,6 +9,7 @@ import torch
 from tiny import NUM_COLUMNS, NUM_LAYERS
 
 from loki.errors import ArtefactError, InputError
+from loki.log.reader import AttributionLog
 from loki.models import load_model
 from loki.study import tasks
 from loki.study.collect import collect, scaled_scores_of, scores_of
@@ -16,7 +17,7 @@ from loki.study.conduct import Study
 from loki.study.forecast import forecast
 from loki.study.plan import BASE, Run
 from loki.study.run import Workplace, carry_out, held_out_loss
-from loki.study.settings import load_study, smoke
+from loki.study.settings import AnalysisSection, PreserveSection, load_study, smoke
 
 LORA_TARGETS = 7
 
@@ -198,6 +199,31 @@ def test_answers_may_be_given_in_another_dtype(study, tmp_path, monkeypatch):
     done(study.model_copy(update={"evaluate": evaluate}), tmp_path, "base", "base")
     done(study, tmp_path, "base", "base")
     assert seen == [(torch.bfloat16, 3), (torch.float32, 16)]
+
+
+def test_rows_of_least_damage_are_trained(study, tmp_path):
+    """The log holds damage, and the rows are those with the least of it in most texts."""
+    analyses = {"harm": AnalysisSection(corpora=("c4",), num_prompts=4, score="damage", batch_size=1)}
+    rows = study.methods["elected"].rows.model_copy(update={"log": "harm"})
+    method = study.methods["elected"].model_copy(update={"rows": rows})
+    harm = study.model_copy(update={"analyses": analyses, "methods": {"harm": method}})
+    work = Study(harm, tmp_path / "out")
+    work.conduct()
+    assert not work.failed
+    with AttributionLog(tmp_path / "out/analyses/harm.h5") as log:
+        assert log.header.settings["score"] == "damage"
+        assert min(float(scores_NLD.min()) for scores_NLD in log.chunks()) >= 0
+
+
+def test_texts_can_be_preserved(study, tmp_path):
+    """With the anchor the model moves less, on texts that were not read for it."""
+    anchor = PreserveSection(texts="c4", weight=50.0)
+    method = study.methods["rows"].model_copy(update={"preserve": anchor})
+    kept = study.model_copy(update={"methods": {"rows": method}})
+    with_anchor, without = done(kept, tmp_path, "rows"), done(study, tmp_path, "rows")
+    assert 0 < scores_of(with_anchor)["c4_kl"].mean.value < 0.8 * scores_of(without)["c4_kl"].mean.value
+    assert with_anchor.settings["method"]["preserve"] == {"weight": 50.0}
+    assert "preserve" not in without.settings["method"]
 
 
 def test_a_short_run_is_scored_on_held_out_examples_only(study, tmp_path):

@@ -34,6 +34,19 @@ def method(**changes):
         ({"train": {"steps": 0, "screen_steps": 1}}, "train.steps: input should be greater than or equal to 1, got 0"),
         ({"trian": {}}, "trian: extra inputs are not permitted"),
         ({"data_dir": "nowhere"}, "data folder 'nowhere' does not exist: give --data-dir"),
+        ({"methods": method(preserve={})}, "method 'm' takes no preserve: its base is not the model with its adapter"),
+        (
+            {"methods": method(kind="lora", rank=4, variant="pissa", preserve={})},
+            "method 'm' takes no preserve: its base is not the model with its adapter off",
+        ),
+        (
+            {"analyses": {"a": {"corpora": ["c4"], "score": "damage", "steps": 3}}},
+            "analysis of score 'damage' has no steps: leave it out",
+        ),
+        (
+            {"analyses": {"a": {"corpora": ["c4"], "score": "luck"}}},
+            "analyses.a.score: input should be 'kva', 'damage'",
+        ),
         ({"reference": "lora"}, "reference 'lora' is none of its methods: name one of them"),
         ({"evaluate": {"scales": [0.5, 0.25]}}, "scales must ascend, not [0.5, 0.25]"),
         ({"evaluate": {"scales": [0.5, 0.5]}}, "scales must ascend, not [0.5, 0.5]"),

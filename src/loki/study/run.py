@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from peft import PeftModel
 from pydantic import BaseModel
+from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from loki.architecture import projections, shape_of
@@ -35,6 +36,7 @@ from loki.study.plan import Run
 from loki.study.settings import MethodSection, StudySettings
 from loki.study.tasks import Task, load_task
 from loki.training.encoding import encode_examples
+from loki.training.preserve import PreservePredictions
 from loki.training.settings import TrainSettings
 from loki.training.sft import make_trainer, trainer_arguments
 
@@ -157,12 +159,15 @@ def _train(
     )
     torch.manual_seed(run.seed)
     encoded = encode_examples(tokenizer, task.examples)
-    clock = StepClock()
+    callbacks: list[TrainerCallback] = [clock := StepClock()]
+    if (anchor := method.preserve) is not None:
+        texts = [text.text for text in load_texts(anchor.texts, settings.data_dir, part="analysis")]
+        callbacks.append(PreservePredictions(texts, tokenizer=tokenizer, weight=anchor.weight, every=anchor.every))
     config = peft_config(method, _setup(place, run, method, model, tokenizer))
     with tempfile.TemporaryDirectory() as folder:
         args = trainer_arguments(chosen, Path(folder), run.learning_rate, on_cpu=model.device.type == "cpu")
         args.save_strategy = "no"
-        trainer = make_trainer(model, tokenizer, encoded, args, peft_config=config, callbacks=[clock])
+        trainer = make_trainer(model, tokenizer, encoded, args, peft_config=config, callbacks=callbacks)
         trained = trainer.model
         if config is None:
             trained.requires_grad_(True)

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from loki.analysis.settings import KVASettings
-from loki.choices import DtypeName, Objective, Rule, StrategyName
+from loki.analysis.settings import KVASettings, RowScoreSettings
+from loki.choices import DtypeName, Objective, Rule, ScoreName, StrategyName
 from loki.errors import InputError
 from loki.selection.quota import parse_quota
 from loki.training.config import first_mistake, read_settings
@@ -86,14 +86,23 @@ class AnalysisSection(_Section):
     objective: Objective = "probability"
     multiply_by_activation: bool = True
     batch_size: int = Field(default=4, ge=1)
+    score: ScoreName = "kva"
+    """Those other than KVA read whole texts, and have none of its settings."""
+    seed: int = 0
+    """Of the labels that such a score draws."""
 
-    def settings(self) -> KVASettings:
+    def settings(self) -> KVASettings | RowScoreSettings:
         """In the library's own form.
 
         Raises:
             InputError: a combination that is not possible.
         """
-        return KVASettings(**self.model_dump(exclude={"corpora", "num_prompts", "batch_size"}))
+        of_kva = {"rule", "steps", "objective", "multiply_by_activation"}
+        if self.score == "kva":
+            return KVASettings(**self.model_dump(include=of_kva))
+        if given := sorted(of_kva & self.model_fields_set):
+            raise InputError(f"analysis of score {self.score!r} has no {given[0]}: leave it out")
+        return RowScoreSettings(self.score, seed=self.seed)
 
 
 class RowsSection(_Section):
@@ -105,6 +114,14 @@ class RowsSection(_Section):
     """Name of an analysis; the random strategy needs none."""
     layers: str | None = None
     """Such as `0-9`; None is all."""
+
+
+class PreserveSection(_Section):
+    """An anchor to the base's predictions on texts that are not scored, beside the task's loss."""
+
+    texts: Literal["wikitext2", "c4"] = "c4"
+    weight: float = 1.0
+    every: int = 1
 
 
 class MethodSection(_Section):
@@ -125,6 +142,8 @@ class MethodSection(_Section):
     """Of LoRA."""
     calibration: str | None = None
     """Name of the analysis whose prompts CorDA reads."""
+    preserve: PreserveSection | None = None
+    """Of LoKI, and of LoRA where it leaves the base's weights alone."""
 
     def require_whole(self, name: str, analyses: Sequence[str]) -> None:
         """Raise InputError unless the method has all it needs and nothing that it has no use for."""
@@ -141,6 +160,10 @@ class MethodSection(_Section):
             raise InputError(f"method {name!r}: variant {self.variant!r} is one of LoRA, not of {self.kind!r}")
         if (self.variant == "corda") != (self.calibration is not None):
             raise InputError(f"method {name!r}: calibration belongs to variant corda, and that needs it")
+        if self.preserve is not None and (self.kind not in ("loki", "lora") or self.variant in ("pissa", "corda")):
+            raise InputError(
+                f"method {name!r} takes no preserve: its base is not the model with its adapter off, as LoKI's is"
+            )
         if self.rows is not None:
             parse_quota(self.rows.quota)
             if (self.rows.strategy == "random") != (self.rows.log is None):
