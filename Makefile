@@ -42,7 +42,7 @@ test-real: install
 	$(BIN)/python -m pytest -m real --numprocesses 2
 
 test-data: install
-	$(BIN)/python -m pytest tests -m data --data-dir $(DATA_DIR)
+	$(BIN)/python -m pytest tests -m data --numprocesses 2 --data-dir $(DATA_DIR)
 
 # Some methods of the study with all of its data, for two steps; nothing is kept.
 SMOKED := loki-q10 corda zero-lowest-1
@@ -57,7 +57,7 @@ test-browser: install
 
 # PEFT's own tests with LoKI as the method; pip fetches them once, the Hub is not needed.
 peft-suite: install
-	$(BIN)/python tests/peft_suite/run.py
+	$(BIN)/python tests/peft_suite/run.py -- --numprocesses 2
 
 # LlamaFactory takes older versions of transformers and PEFT, so it has an environment of its own (5 minutes).
 FACTORY := .venv-llamafactory
@@ -99,7 +99,7 @@ $(VENV)/quantised: $(INSTALLED)
 	touch $@
 
 test-quantised: $(VENV)/quantised
-	PYTHONPATH=$(VENV)/quantised $(BIN)/python -m pytest tests/implanting -m quantised
+	PYTHONPATH=$(VENV)/quantised $(BIN)/python -m pytest tests/implanting -m quantised --numprocesses 2
 
 test_cov: install
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
