@@ -91,7 +91,7 @@ def dial(
     name = model or config.get("base_model_name_or_path")
     if not name:
         raise InputError(f"adapter {adapter} does not name its base: give --model")
-    output = output_dir or adapter.with_name(f"{adapter.name}-dialled")
+    output = output_dir or adapter.resolve().with_name(f"{adapter.resolve().name}-dialled")
     require_new_directory(output)
     if completions == BUILT_IN:
         held_out = [example.as_prompt_completion() for example in make_examples("test", examples, seed)]

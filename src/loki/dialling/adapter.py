@@ -22,7 +22,7 @@ from torch import nn
 from loki.errors import ArtefactError, InputError
 from loki.implanting.stored_rows import layer_number
 from loki.implanting.tuner.layer import LokiLayer
-from loki.provenance import new_directory, read_json
+from loki.provenance import new_directory, read_json, write_bytes
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -143,7 +143,8 @@ class DialledAdapter:
             OutputError: the folder cannot be written.
         """
         from peft import get_peft_model_state_dict
-        from safetensors.torch import load_file, save_file
+        from safetensors.torch import load_file
+        from safetensors.torch import save as as_bytes
 
         dtypes = {name: tensor.dtype for name, tensor in load_file(self.folder / WEIGHTS).items()}
         state = {
@@ -159,7 +160,7 @@ class DialledAdapter:
                     and path.stem != CURVE
                 ):
                     shutil.copyfile(path, directory / path.name)
-            save_file(state, directory / WEIGHTS, metadata={"format": "pt"})
+            write_bytes(directory / WEIGHTS, as_bytes(state, metadata={"format": "pt"}))
             write_also(directory)
 
 
