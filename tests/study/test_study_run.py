@@ -17,7 +17,7 @@ from loki.study.conduct import Study
 from loki.study.forecast import forecast
 from loki.study.plan import BASE, Run
 from loki.study.run import Workplace, carry_out, held_out_loss
-from loki.study.settings import AnalysisSection, PreserveSection, load_study, smoke
+from loki.study.settings import AnalysisSection, DamageSection, PreserveSection, load_study, smoke
 
 LORA_TARGETS = 7
 
@@ -213,6 +213,23 @@ def test_rows_of_least_damage_are_trained(study, tmp_path):
     with AttributionLog(tmp_path / "out/analyses/harm.h5") as log:
         assert log.header.settings["score"] == "damage"
         assert min(float(scores_NLD.min()) for scores_NLD in log.chunks()) >= 0
+
+
+@pytest.mark.parametrize("damage", [{"anchor": 1e6}, {"rates": True}])
+def test_rows_can_be_trained_in_view_of_their_damage(study, tmp_path, damage):
+    """A heavy anchor keeps the rows where they are; rates of their own change what is learned."""
+    analyses = {"harm": AnalysisSection(corpora=("c4",), num_prompts=4, score="damage", batch_size=1)}
+    minded = study.methods["rows"].model_copy(update={"damage": DamageSection(log="harm", **damage)})
+    both = study.model_copy(update={"analyses": analyses, "methods": {"plain": study.methods["rows"], "rows": minded}})
+    work = Study(both, tmp_path / "out")
+    work.conduct()
+    assert not work.failed
+    found = {run.method: scores_of(result) for run, result in work.results.items()}
+    if "anchor" in damage:
+        assert found["rows"]["c4_kl"].mean.value < 0.5 * found["plain"]["c4_kl"].mean.value
+    assert found["rows"]["held_out"] != found["plain"]["held_out"]
+    (identity,) = (result.settings for run, result in work.results.items() if run.method == "rows")
+    assert list(identity["analyses"]) == ["harm"]
 
 
 def test_texts_can_be_preserved(study, tmp_path):

@@ -39,6 +39,11 @@ def method(**changes):
             {"methods": method(kind="lora", rank=4, variant="pissa", preserve={})},
             "method 'm' takes no preserve: its base is not the model with its adapter off",
         ),
+        ({"methods": method(damage={"log": "a"})}, "method 'm' takes no damage: only LoKI without a rank does"),
+        (
+            {"methods": method(kind="loki", rows={"strategy": "random"}, damage={"log": "a"})},
+            "method 'm' names the analysis 'a': there are none",
+        ),
         (
             {"analyses": {"a": {"corpora": ["c4"], "score": "damage", "steps": 3}}},
             "analysis of score 'damage' has no steps: leave it out",

@@ -139,7 +139,8 @@ class Study:
 
     def _analyse(self, track: Track) -> None:
         chosen = [method for name, method in self.settings.methods.items() if not self.only or name in self.only]
-        needed = {method.rows.log for method in chosen if method.rows is not None}
+        # Calibration reads an analysis' prompts, not its log.
+        needed = {name for method in chosen for name in method.logs if name != method.calibration}
         for name in self.settings.analyses:
             if name in needed:
                 make_log(self.settings, name, self.folder / LOGS_DIR, track=track)

@@ -65,7 +65,7 @@ def _timed_step(study: Study) -> float:
     name, method = first
     if method.rows is not None:
         rows = RowsSection(strategy="random", quota=method.rows.quota, layers=method.rows.layers)
-        method = method.model_copy(update={"rows": rows})
+        method = method.model_copy(update={"rows": rows, "damage": None})
     short = {"train": settings.train.model_copy(update={"screen_steps": TIMED_STEPS}), "methods": {name: method}}
     place = Workplace(settings.model_copy(update=short), study.folder)
     result: Result = carry_out(place, Run(name, "screen", method.learning_rates[0]))

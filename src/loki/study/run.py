@@ -28,11 +28,12 @@ from loki.prompts.encoding import encode_prompt
 from loki.provenance import digest
 from loki.results import Result, finite
 from loki.rows import RowSelection
-from loki.study.analyses import load_selection
+from loki.study.analyses import load_selection, log_path
 from loki.study.corpora import load_corpora
 from loki.study.costs import StepClock, forget_peak_memory, peak_memory_mib
 from loki.study.methods import Setup, peft_config
 from loki.study.plan import Run
+from loki.study.row_damage import DamageAnchor, DamageRates, mean_damage
 from loki.study.settings import MethodSection, StudySettings
 from loki.study.tasks import Task, load_task
 from loki.training.encoding import encode_examples
@@ -69,8 +70,7 @@ def identity(settings: StudySettings, run: Run) -> dict[str, Any]:
     method = settings.methods.get(run.method)
     analyses = {}
     if method is not None:
-        names = {method.calibration, method.rows.log if method.rows else None} - {None}
-        analyses = {name: dump(settings.analyses[name]) for name in sorted(map(str, names))}
+        analyses = {name: dump(settings.analyses[name]) for name in sorted(method.logs)}
     train = shared.pop("train")
     if run.phase == "screen":
         train["steps"] = train.pop("screen_steps")
@@ -163,6 +163,10 @@ def _train(
     if (anchor := method.preserve) is not None:
         texts = [text.text for text in load_texts(anchor.texts, settings.data_dir, part="analysis")]
         callbacks.append(PreservePredictions(texts, tokenizer=tokenizer, weight=anchor.weight, every=anchor.every))
+    if method.damage is not None:
+        damage_LD = mean_damage(log_path(place.folder, method.damage.log))
+        callbacks += [DamageAnchor(damage_LD, method.damage.anchor)] if method.damage.anchor else []
+        callbacks += [DamageRates(damage_LD)] if method.damage.rates else []
     config = peft_config(method, _setup(place, run, method, model, tokenizer))
     with tempfile.TemporaryDirectory() as folder:
         args = trainer_arguments(chosen, Path(folder), run.learning_rate, on_cpu=model.device.type == "cpu")

@@ -124,6 +124,17 @@ class PreserveSection(_Section):
     every: int = 1
 
 
+class DamageSection(_Section):
+    """How rows are trained in view of their damage."""
+
+    log: str
+    """Name of an analysis whose score is damage or fisher."""
+    anchor: float = Field(default=0.0, ge=0)
+    """Weight of the anchor; 0 is none."""
+    rates: bool = False
+    """Whether rows of more damage take smaller steps."""
+
+
 class MethodSection(_Section):
     """One method; what a kind does not know is refused."""
 
@@ -144,6 +155,14 @@ class MethodSection(_Section):
     """Name of the analysis whose prompts CorDA reads."""
     preserve: PreserveSection | None = None
     """Of LoKI, and of LoRA where it leaves the base's weights alone."""
+    damage: DamageSection | None = None
+    """Of LoKI without a rank."""
+
+    @property
+    def logs(self) -> tuple[str, ...]:
+        """Names of the analyses that the method reads."""
+        named = (self.rows.log if self.rows else None, self.damage.log if self.damage else None, self.calibration)
+        return tuple(dict.fromkeys(name for name in named if name is not None))
 
     def require_whole(self, name: str, analyses: Sequence[str]) -> None:
         """Raise InputError unless the method has all it needs and nothing that it has no use for."""
@@ -168,8 +187,10 @@ class MethodSection(_Section):
             parse_quota(self.rows.quota)
             if (self.rows.strategy == "random") != (self.rows.log is None):
                 raise InputError(f"method {name!r}: rows need a log unless their strategy is random, which takes none")
-        for log in (self.rows.log if self.rows else None, self.calibration):
-            if log is not None and log not in analyses:
+        if self.damage is not None and (self.kind != "loki" or self.rank):
+            raise InputError(f"method {name!r} takes no damage: only LoKI without a rank does")
+        for log in self.logs:
+            if log not in analyses:
                 raise InputError(
                     f"method {name!r} names the analysis {log!r}: there are {', '.join(analyses) or 'none'}"
                 )
