@@ -21,6 +21,7 @@ StrategyName = Literal[
     "adaptive",
     "capped",
     "layer_highest",
+    "layer_highest_magnitude",
     "global_lowest",
     "global_highest",
     "random",

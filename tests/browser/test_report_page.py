@@ -40,18 +40,27 @@ def make_scores():
     return scores_NLD.astype(np.float32)
 
 
-@pytest.fixture(scope="module", name="page_path")
-def make_page(scores_NLD, tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("report")
-    path = directory / "kva.h5"
+def write_page(directory, name, scores_NLD, settings) -> Path:
+    """The report of a log, with the rows selected from it beside it."""
+    path = directory / f"{name}.h5"
     with h5py.File(path, "w") as file:
         file.create_dataset(schema.SCORES, data=scores_NLD)
         ids = [f"{SUBJECTS[n % 3]}/test/{n}" for n in range(NUM_PROMPTS)]
         file.create_dataset(schema.PROMPT_IDS, data=ids, dtype=h5py.string_dtype())
         file[schema.PROMPT_INDEX] = np.arange(NUM_PROMPTS)
-        write_header(file, LogHeader({}, "Tiny", "made up", {}, NUM_LAYERS, NUM_ROWS, num_prompts=NUM_PROMPTS))
+        write_header(file, LogHeader({}, "Tiny", "made up", settings, NUM_LAYERS, NUM_ROWS, num_prompts=NUM_PROMPTS))
     select_to_file(path, directory / "10.json", quota=10)
     return report(path, [directory / "10.json"])
+
+
+@pytest.fixture(scope="module", name="page_path")
+def make_page(scores_NLD, tmp_path_factory) -> Path:
+    return write_page(tmp_path_factory.mktemp("report"), "kva", scores_NLD, {})
+
+
+@pytest.fixture(scope="module", name="damage_path")
+def make_damage_page(scores_NLD, tmp_path_factory) -> Path:
+    return write_page(tmp_path_factory.mktemp("report"), "damage", np.abs(scores_NLD), {"score": "damage"})
 
 
 @pytest.fixture(scope="module", name="browser")
@@ -351,6 +360,35 @@ def test_forgetting_is_drawn_within_its_frame(browser, tmp_path, width):
                 for side, size in (("x", "width"), ("y", "height"))
             ]
             assert any(apart), (words, others)
+
+
+@pytest.mark.parametrize("width", [360, 1100])
+def test_damage_is_called_so_and_has_one_sign(browser, scores_NLD, damage_path, width):
+    """Tooltip, lens and spoken words have the score's own names, and no line on magnitudes, which would be the same."""
+    page, complaints = browser.new_page(viewport={"width": width, "height": 900}), []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(damage_path.as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator("figure[data-kind=rows]").count() == 1
+    figure = rows_figure(page)
+    figure.locator(".hit").first.focus()
+    page.keyboard.press("Home")
+    title, lines = tip_of(figure)
+    layer = int(re.fullmatch(r"Layer (\d+), row 0", title)[1])
+    assert list(lines) == ["highest 5 %", "lowest 5 %", "mean damage", "chosen in resamples", "selected"]
+    votes, selected = expected_lines(np.abs(scores_NLD), layer, 0, damage_path)
+    assert lines["highest 5 %"].startswith(f"{votes['high']} of 30 windows (")
+    assert lines["lowest 5 %"].startswith(f"{votes['low']} of 30 windows (")
+    assert number(lines["mean damage"]) == pytest.approx(np.abs(scores_NLD[:, layer, 0]).mean(), rel=6e-3)
+    assert lines["selected"] == ("yes" if selected else "no")
+    assert plain(figure.locator(".lens svg").text_content()).startswith(
+        "highest 5 %• selectedlowest 5 %100 % of windows"
+    )
+    seen = page.locator("main").inner_text().split("Provenance")[0]
+    page.close()
+    assert complaints == []
+    assert not re.search("attribut|prompt|answer", seen, flags=re.IGNORECASE)
 
 
 def test_foreign_script_is_refused(page_path, browser, tmp_path):

@@ -181,6 +181,8 @@ def test_the_embedded_model(loki):
     [
         (["/none"], "model folder '/none' does not exist: name a Hugging Face model folder"),
         (["none.gguf"], "model file 'none.gguf' does not exist"),
+        (["none.h5"], "model folder 'none.h5' does not exist"),
+        (["{log}"], "{log} is an attribution log, not a model: draw it with `loki report {log}`"),
         (["{model}", "--quota", "0"], "quota 0 is outside (0, 100]"),
         (["{model}", "--quota", "ten"], "quota 'ten' is not a number"),
         (["{model}", "--quota", "4.9"], "quota 4.9 gives no row out of 20: give at least 5"),
@@ -199,7 +201,8 @@ def test_bad_input(loki, model_dir, tmp_path, options, message):
     BloomConfig().save_pretrained(tmp_path / "bloom")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/config.json").write_text('{"model_type": "llama", "hidden_size": "many"}')
-    places = {"model": model_dir, "bloom": tmp_path / "bloom", "bad": tmp_path / "bad"}
+    (tmp_path / "kva.h5").write_bytes(b"a log")
+    places = {"log": tmp_path / "kva.h5", "model": model_dir, "bloom": tmp_path / "bloom", "bad": tmp_path / "bad"}
     done = loki("info", *(option.format(**places) for option in options))
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith("loki: ")

@@ -26,7 +26,7 @@ def make_scores(shape=SHAPE, seed=0):
     return scores_NLD
 
 
-def write_log_file(path: Path, scores_NLD, prompt_ids=None, *, header=True) -> Path:
+def write_log_file(path: Path, scores_NLD, prompt_ids=None, *, header=True, settings=None) -> Path:
     num_prompts, num_layers, num_rows = scores_NLD.shape
     ids = prompt_ids or [f"{SUBJECTS[n % len(SUBJECTS)]}/test/{n}" for n in range(num_prompts)]
     with h5py.File(path, "w") as file:
@@ -35,12 +35,24 @@ def write_log_file(path: Path, scores_NLD, prompt_ids=None, *, header=True) -> P
             file.create_dataset(schema.PROMPT_IDS, data=ids, dtype=h5py.string_dtype())
             file[schema.PROMPT_INDEX] = np.arange(num_prompts)
             model = {"architecture": f"llama-{num_layers}x{num_rows}x64"}
-            settings = {"rule": "riemann_left", "steps": 7}
+            settings = settings or {"rule": "riemann_left", "steps": 7}
             write_header(
                 file,
                 LogHeader(model, "Tiny (invented)", "made up", settings, num_layers, num_rows, num_prompts=num_prompts),
             )
     return path
+
+
+def make_damage_log(path: Path, score: str, **settings) -> Path:
+    """A log of scores that are never negative, of texts cut into windows."""
+    ids = [f"{SUBJECTS[n % len(SUBJECTS)]}/test/{n // 6}#{n % 2 + 1}" for n in range(SHAPE[0])]
+    settings = {"score": score, "max_tokens": 512, "site_module": "down_proj", **settings}
+    return write_log_file(path, np.abs(make_scores()), ids, settings=settings)
+
+
+@pytest.fixture
+def write_damage_log():
+    return make_damage_log
 
 
 @pytest.fixture

@@ -6,14 +6,15 @@ import pytest
 
 from loki.errors import InputError
 from loki.reporting.charts import (
-    attribution_ridges,
     crowding_bars,
     forgetting_curves,
     linear_unit,
+    score_ridges,
     stability_histogram,
     training_curve,
 )
 from loki.reporting.data import Forgetting
+from loki.reporting.wording import UNKNOWN, WORDINGS
 
 
 def words(picture):
@@ -71,7 +72,7 @@ def test_ridges_stand_where_the_rows_are():
     means_LD = np.full((2, 100), 1e-3)
     means_LD[1] = -1e-3
     means_LD[1, :5] = 0.5
-    picture = attribution_ridges(means_LD, title="r")
+    picture = score_ridges(means_LD, title="r")
     axes = picture.figure.axes[0]
     curves = [line.get_xydata() for line in axes.lines if len(line.get_xdata()) > 2]
     assert len(curves) == 2
@@ -84,8 +85,28 @@ def test_ridges_stand_where_the_rows_are():
     assert axes.get_ylim()[0] > axes.get_ylim()[1], "the first layer is at the top"
 
 
+def test_ridges_of_scores_without_a_sign_have_one_side():
+    means_LD = np.full((2, 100), 1e-3)
+    means_LD[1] = 0.5
+    picture = score_ridges(means_LD, title="r", wording=WORDINGS["fisher"], signed=False)
+    axes = picture.figure.axes[0]
+    curves = [line.get_xydata() for line in axes.lines if len(line.get_xdata()) > 2]
+    tops = [curve[curve[:, 1].argmin(), 0] for curve in curves]
+    # A tenth of the rows and more lie at 10⁻³, which is the unit: at log10(2) and log10(501), give or take half a bin.
+    np.testing.assert_allclose(tops, np.log10([2, 501]), atol=np.log10(501) / 160 + 1e-9)
+    assert axes.get_xlim() == pytest.approx((0, np.log10(501)))
+    found = set(words(picture))
+    assert {"mean Fisher information of a row", "0", "10⁻²", "10⁻¹"} <= found
+    assert not any("on average" in text or "\u2212" in text for text in found)
+
+
+def test_ridges_of_a_signed_score_that_argues_for_nothing():
+    picture = score_ridges(np.array([[-1.0, 1.0]]), title="r", wording=UNKNOWN)
+    assert {"on average negative", "on average positive", "mean score of a row"} <= set(words(picture))
+
+
 def test_ridges_of_nothing_but_zeros_can_be_drawn():
-    assert "layer" in words(attribution_ridges(np.zeros((2, 3)), title="r"))
+    assert "layer" in words(score_ridges(np.zeros((2, 3)), title="r"))
 
 
 def test_linear_unit_lies_below_nine_tenths_of_the_rows():

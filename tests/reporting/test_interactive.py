@@ -49,6 +49,15 @@ def test_columns_that_are_not_known_are_left_out(survey):
     assert {"selected", "stability"}.isdisjoint(json.loads(rows_data(survey, None, None))["columns"])
 
 
+def test_words_and_columns_are_those_of_the_score(survey, write_damage_log, tmp_path):
+    data = json.loads(rows_data(survey, None, None))
+    assert data["words"] == {"score": "attribution", "entries": "prompts"}
+    with AttributionLog(write_damage_log(tmp_path / "damage.h5", "damage")) as log:
+        data = json.loads(rows_data(survey_log(log), None, None))
+    assert data["words"] == {"score": "damage", "entries": "windows"}
+    assert list(data["columns"]) == ["signed_high", "signed_low", "mean"]
+
+
 def test_votes_of_very_many_prompts_take_four_bytes(survey):
     from dataclasses import replace
 

@@ -1,6 +1,6 @@
 import pytest
 
-from loki.reporting.numbers import format_number, percent, plural, power_of_ten, round_down, short_percent
+from loki.reporting.numbers import format_number, percent, plural, power_of_ten, round_down, short_percent, times
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,7 @@ def test_percentages_powers_and_plurals():
     assert [short_percent(share) for share in (0, 0.001, 0.0333, 0.1, 0.25, 1)] == [
         f"{text}\u202f%" for text in ("0", "0.1", "3.3", "10", "25", "100")
     ]
+    assert [times(ratio) for ratio in (8.06, 0.42, 0.1, 0.034, 0.0)] == ["8.1", "0.4", "0.1", "0.03", "0"]
     assert power_of_ten(-3, "\u2212") == "\u221210⁻³"
     assert [plural(1, "row"), plural(2, "row"), plural(0, "row")] == ["1 row", "2 rows", "0 rows"]
 

@@ -83,6 +83,41 @@ def test_report_of_a_log_names_model_and_provenance(make_log):
     assert data.provenance["attribution log"]["settings"]["steps"] == 7
 
 
+def test_report_of_a_damage_log_is_called_so(write_damage_log, tmp_path):
+    data = report_of_log(write_damage_log(tmp_path / "damage.h5", "damage", seed=0), [])
+    assert data.title == "What a change of each row would cost Tiny"
+    assert list(data.provenance) == ["damage log"]
+    assert data.provenance["damage log"]["settings"]["seed"] == 0
+
+
+def test_selections_from_logs_of_different_scores_are_told_apart(make_log, write_damage_log, tmp_path):
+    log_path, (plain, _) = make_log()
+    damage_path = write_damage_log(tmp_path / "damage.h5", "damage")
+    select_to_file(damage_path, tmp_path / "d.json", quota=10, strategy="capped")
+    select_to_file(damage_path, tmp_path / "r.json", quota=10, strategy="random")
+    paths = [plain, tmp_path / "d.json", tmp_path / "r.json"]
+
+    def told(path):
+        return [selection.how.replace("\u00a0", " ") for selection in read_log(path, paths).selections]
+
+    assert told(log_path) == ["layer_balanced, 10 %", "capped, 10 %, by damage", "random, 10 %"]
+    assert told(damage_path) == ["layer_balanced, 10 %, by attribution", "capped, 10 %, by damage", "random, 10 %"]
+
+
+@pytest.mark.parametrize("strategy", ["adaptive", "capped"])
+def test_who_competed_where_is_known_without_stability_too(make_log, tmp_path, caplog, strategy):
+    log_path, _ = make_log()
+    caplog.set_level(logging.INFO, "loki")
+    select_to_file(log_path, tmp_path / "x.json", quota=20, strategy=strategy)
+    for with_stability in (True, False):
+        reading = read_log(log_path, [tmp_path / "x.json"], with_stability=with_stability)
+        assert reading.survey.rivals.scope == "layer"
+        assert (reading.stability is not None) == with_stability
+    meta_path(tmp_path / "x.json").unlink()
+    assert read_log(log_path, [tmp_path / "x.json"], with_stability=False).survey.rivals.scope == "model"
+    assert caplog.text == "", "of stability nobody asked"
+
+
 def test_log_of_the_public_implementation_can_be_shown(make_log):
     data = report_of_log(*make_log(header=False))
     assert data.title == "Where the model keeps what it knows"

@@ -185,6 +185,13 @@ def test_layer_histograms_count_every_row_once():
     assert counts_LB[1, 3] == ((means_LD[1] >= low) & (means_LD[1] < high)).sum() > 0
 
 
+def test_layer_histograms_of_scores_without_a_sign_begin_at_zero():
+    """On the axis log10(1 + x) the means stand at 0, 1 and 1, and at 2, 2 and 1."""
+    counts_LB, edges = layer_histograms(np.array([[0.0, 9, 9], [99, 99, 9]]), 1.0, 4, signed=False)
+    np.testing.assert_allclose(edges, [0, 0.5, 1, 1.5, 2])
+    assert counts_LB.tolist() == [[1, 0, 2, 0], [0, 0, 1, 2]]
+
+
 def test_layer_histograms_of_nothing_but_zeros():
     counts_LB, _ = layer_histograms(np.zeros((2, 5)), 1.0, 4)
     assert counts_LB.tolist() == [[0, 0, 5, 0]] * 2

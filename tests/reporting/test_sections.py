@@ -46,8 +46,8 @@ def test_leading_layers_are_named_with_their_shares():
     low = [[9, 1, 0, 0], [0] * 4, [0] * 4, [0] * 4]
     sections, _ = sections_of(survey=survey_of(high, low))
     assert plain(sections["votes"].result) == (
-        "The highest attributions fall most often on layers 1 and 2 (60.0 % and 30.0 %), the lowest on "
-        "layer 0 (100.0 %); an equal share of the votes would be 25.0 %."
+        "Votes for the highest attribution fall most often on layers 1 and 2 (60.0 % and 30.0 %), those for the lowest "
+        "on layer 0 (100.0 %); an equal share would be 25.0 %."
     )
     assert "thin marks" not in sections["votes"].reading
     assert "one row." in sections["votes"].reading
@@ -90,7 +90,7 @@ def test_spread_names_the_widest_and_the_narrowest_layer():
     ones = np.ones(means_LD.shape, dtype=int)
     sections, _ = sections_of(survey=replace(survey_of(ones, ones), high=votes(ones, means_LD)))
     assert plain(sections["spread"].result) == (
-        "Rows differ most in layer 1, where the middle 90 % of them have mean attributions from -0.8 to 2.8, and least "
+        "Rows differ most in layer 1, where the middle 90 % of them have a mean attribution of -0.8 to 2.8, and least "
         "in layer 2 (0.25 to 0.25); 24.8 % of all rows are negative."
     )
 
@@ -146,7 +146,7 @@ def test_subjects_in_words_and_table(make_log):
     words = f"{reading.survey.subject_names[subject]} in layer {layer}: {relative_SL[subject, layer]:.2g} times"
     assert words in sections["subjects"].result
     ratios_L = relative_SL.max(axis=0) / relative_SL.min(axis=0)
-    assert f"Layer {ratios_L.argmin()} serves all subjects most evenly" in sections["subjects"].result
+    assert f"Layer {ratios_L.argmin()} differs least between subjects" in sections["subjects"].result
 
     table = sections["specific"].table
     assert table.headings == ("Subject", "Layer", "Row", "Times the rest", "z-score", "Selected")

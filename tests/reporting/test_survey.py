@@ -6,8 +6,9 @@ from loki.log.reader import AttributionLog
 from loki.prompts.questions import load_probe
 from loki.reporting.statistics import NO_SUBJECT
 from loki.reporting.survey import subjects_of, survey_log
+from loki.reporting.wording import KVA, WORDINGS
 from loki.rows import RowSelection
-from loki.selection.strategies import Election
+from loki.selection.strategies import Election, select
 
 
 def survey(path, *arguments):
@@ -47,14 +48,20 @@ def test_a_tiny_model_has_at_least_one_extreme_row(write_log, tmp_path):
     assert survey(write_log(tmp_path / "kva.h5", np.arange(6.0).reshape(1, 2, 3))).high.counts_LD.sum() == 1
 
 
-def most_voted(scores_NLD, count):
-    """Per layer, the rows most often among the `count` lowest."""
+def most_voted(scores_NLD, count, places=None):
+    """Per layer, the rows most often among the `count` lowest; as many as `places` has for it."""
     chosen = []
     for layer in range(scores_NLD.shape[1]):
         votes, means = np.zeros(scores_NLD.shape[2]), scores_NLD[:, layer].mean(axis=0, dtype=np.float64)
         for scores_D in scores_NLD[:, layer]:
             votes[np.argsort(scores_D)[:count]] += 1
-        chosen.append(sorted(sorted(range(len(votes)), key=lambda row: (-votes[row], means[row]))[:count]))
+        chosen.append(
+            sorted(
+                sorted(range(len(votes)), key=lambda row: (-votes[row], means[row]))[
+                    : places[layer] if places else count
+                ]
+            )
+        )
     return chosen
 
 
@@ -76,6 +83,47 @@ def test_rivals_of_a_selection_of_unequal_layers_compete_in_the_whole_model(writ
     assert rivals.scope == "model"
     whole = most_voted(scores_NLD.reshape(len(scores_NLD), 1, -1), 5)[0]
     assert rivals.signed.as_lists() == [[cell % 40 for cell in whole if cell // 40 == layer] for layer in range(3)]
+
+
+@pytest.mark.parametrize("strategy", ["adaptive", "capped"])
+def test_rivals_of_unequal_layers_that_are_known_to_compete_in_each(write_log, tmp_path, scores_NLD, strategy):
+    path = write_log(tmp_path / "kva.h5", scores_NLD)
+    with AttributionLog(path) as log:
+        chosen = select(log, 20, strategy)
+    places = [len(rows) for rows in chosen.rows.rows]
+    assert len(set(places)) > 1
+    rivals = survey(path, chosen.rows, chosen.election).rivals
+    assert (rivals.scope, rivals.direction) == ("layer", "lowest")
+    assert rivals.signed.as_lists() == most_voted(scores_NLD, 8, places)
+    assert rivals.magnitude.as_lists() == most_voted(np.abs(scores_NLD), 8, places)
+    assert (rivals.magnitude == chosen.rows) == (strategy == "adaptive")
+
+
+def test_rivals_are_taken_from_the_end_that_the_rows_were(write_log, tmp_path, scores_NLD):
+    path = write_log(tmp_path / "kva.h5", scores_NLD)
+    with AttributionLog(path) as log:
+        chosen = select(log, 10, "layer_highest_magnitude")
+    rivals = survey(path, chosen.rows, chosen.election).rivals
+    assert rivals.direction == "highest"
+    assert rivals.signed.as_lists() == most_voted(-scores_NLD, 4)
+    assert rivals.magnitude.as_lists() == most_voted(-np.abs(scores_NLD), 4) == chosen.rows.as_lists()
+
+
+def test_whether_any_score_is_negative(write_log, tmp_path, scores_NLD):
+    assert survey(write_log(tmp_path / "kva.h5", scores_NLD)).is_signed
+    magnitudes_NLD = np.abs(scores_NLD)
+    assert not survey(write_log(tmp_path / "none.h5", magnitudes_NLD)).is_signed
+    magnitudes_NLD[17, 2, 5] *= -1
+    assert survey(write_log(tmp_path / "one.h5", magnitudes_NLD)).is_signed
+
+
+def test_what_the_scores_are_and_of_which_rows_comes_from_the_header(write_log, write_damage_log, tmp_path, scores_NLD):
+    found = survey(write_damage_log(tmp_path / "a.h5", "fisher", site_module="o_proj"))
+    assert (found.wording, found.site_module) == (WORDINGS["fisher"], "o_proj")
+    assert found.subject_names == ("anatomy", "astronomy", "virology")
+    for options in ({}, {"header": False}):
+        found = survey(write_log(tmp_path / "b.h5", scores_NLD, **options))
+        assert (found.wording, found.site_module) == (KVA, "down_proj")
 
 
 def test_votes_of_an_election_are_counted_beside_the_rest(write_log, tmp_path, scores_NLD):

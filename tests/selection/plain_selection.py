@@ -2,7 +2,10 @@
 
 from fractions import Fraction
 
-LAYER_STRATEGIES = ("layer_balanced", "layer_balanced_magnitude", "adaptive", "capped", "layer_highest")
+LAYER_STRATEGIES = (
+    *("layer_balanced", "layer_balanced_magnitude", "adaptive", "capped"),
+    *("layer_highest", "layer_highest_magnitude"),
+)
 MODEL_STRATEGIES = ("global_lowest", "global_highest")
 VOTING_STRATEGIES = LAYER_STRATEGIES + MODEL_STRATEGIES
 
@@ -76,7 +79,8 @@ def plain_selection(scores_NLD, quota, strategy, candidates=None):
     """The rows of each layer, from scores and candidates as nested lists."""
     num_layers, num_rows = len(scores_NLD[0]), len(scores_NLD[0][0])
     candidates = candidates or [[True] * num_rows] * num_layers
-    highest, magnitude = strategy.endswith("highest"), strategy in ("layer_balanced_magnitude", "adaptive")
+    highest = strategy in ("layer_highest", "layer_highest_magnitude", "global_highest")
+    magnitude = strategy in ("layer_balanced_magnitude", "adaptive", "layer_highest_magnitude")
     sign = -1 if highest else 1
     num_prompts = len(scores_NLD)
     means = [

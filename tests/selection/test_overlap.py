@@ -216,6 +216,20 @@ def test_files_of_different_models(save):
         load_comparable([known, plain], shape=Shape("qwen2", 2, 20, 24))
 
 
+def test_rows_of_different_projections_have_nothing_in_common(save):
+    kva, old = save("a.json", settings={"rule": "riemann_left"}), save("b.json", num_rows=20)
+    block, attention = (save(f"{name}.json", settings={"site_module": name}) for name in ("down_proj", "o_proj"))
+    plain = save("c.json")
+    assert load_comparable([kva, old, block, plain])[1] == 20
+    assert load_comparable([attention, plain], shape=SHAPE)[1] == 20
+    with pytest.raises(
+        ArtefactError,
+        match=r"^selections of different projections have no rows in common: positions file .*a\.json is of down_proj, "
+        r"positions file .*o_proj\.json of o_proj; compare selections for one of them$",
+    ):
+        load_comparable([kva, plain, attention])
+
+
 def test_files_that_do_not_fit(save, tmp_path):
     plain, longer = save("a.json"), save("b.json", ([0], [1], [2]))
     with pytest.raises(ArtefactError, match=r"a\.json has 2 layers, .*b\.json has 3: compare selections for one model"):

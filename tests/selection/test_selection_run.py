@@ -67,6 +67,7 @@ def log_path(write_log, model):
         ("layer_balanced", "12.50", "12.5.json"),
         ("global_lowest", 30, "global_lowest_30.json"),
         ("layer_highest", "1.0", "layer_highest_1.json"),
+        ("layer_highest_magnitude", "10", "layer_highest_magnitude_10.json"),
     ],
 )
 def test_default_names(strategy, quota, name):
@@ -95,13 +96,31 @@ def test_meta_says_where_the_positions_come_from(log_path, tmp_path, model):
     assert meta == {
         "strategy": "global_highest",
         "quota_percent": "37.5",
-        "score": "signed",
+        "votes_on": "signed",
         "votes_per_prompt": 6,
         "num_prompts": 3,
         "num_abstentions": 0,
     }
     assert header["model"] == fingerprint_model(model).as_dict()
     assert header["settings"] == {"steps": 7}
+
+
+def test_the_meta_of_capped_rows_has_no_votes_since_means_decide(log_path, tmp_path):
+    select_to_file(log_path, tmp_path / "c.json", quota="25", strategy="capped")
+    meta = json.loads((tmp_path / "c.meta.json").read_text())
+    assert meta.pop("log")["settings"] == {"steps": 7}
+    assert meta == {"strategy": "capped", "quota_percent": "25", "num_prompts": 3}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "votes_on"),
+    [("layer_balanced", "signed"), ("adaptive", "magnitude"), ("layer_highest_magnitude", "magnitude")],
+)
+def test_the_meta_names_what_the_votes_are_on_apart_from_the_score_of_the_log(log_path, tmp_path, strategy, votes_on):
+    select_to_file(log_path, tmp_path / "x.json", quota="25", strategy=strategy)
+    meta = json.loads((tmp_path / "x.meta.json").read_text())
+    assert meta["votes_on"] == votes_on
+    assert "score" not in meta
 
 
 def test_abstentions_reach_the_meta(write_log, tmp_path):

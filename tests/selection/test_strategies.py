@@ -121,6 +121,12 @@ SIGNED_BY_HAND = [[[-5, 1, -2, 3], [1, -7, 0, 8]], [[4, -2, 1, -6], [-2, 9, 1, -
         ("layer_balanced", SIGNED_BY_HAND, [[0, 3], [0, 2]]),
         # Layer 0: votes for 1 2 and 2 1; layer 1: for 2 0 and 2 0.
         ("layer_balanced_magnitude", SIGNED_BY_HAND, [[1, 2], [0, 2]]),
+        # Layer 0: votes for 0 3 and 3 0, layer 1 for 3 1 and 1 3; by sign for 3 1 and 0 2, and for 3 0 and 1 2.
+        ("layer_highest_magnitude", SIGNED_BY_HAND, [[0, 3], [1, 3]]),
+        ("layer_highest", SIGNED_BY_HAND, [[1, 2], [1, 3]]),
+        # Rows 1 and 3 have one vote each: with equal mean magnitudes the higher row wins, then the mean of 3.
+        ("layer_highest_magnitude", [[[0, -4, 5, 1]], [[0, 1, -6, -4]]], [[2, 3]]),
+        ("layer_highest_magnitude", [[[0, -5, 5, 1]], [[0, 1, -6, -4]]], [[1, 2]]),
     ],
 )
 def test_selection_by_hand(write_log, strategy, scores, rows):
@@ -148,7 +154,10 @@ def test_adaptive_selection_by_hand(write_log):
     assert rows.as_lists() == [[0], [2, 4, 5]]
 
 
-@pytest.mark.parametrize("strategy", ["layer_balanced", "layer_balanced_magnitude", "layer_highest", "random"])
+@pytest.mark.parametrize(
+    "strategy",
+    ["layer_balanced", "layer_balanced_magnitude", "layer_highest", "layer_highest_magnitude", "random"],
+)
 @pytest.mark.parametrize(("quota", "count"), [("29", 29), ("1.99", 1), ("58", 58), (100, 100)])
 def test_every_layer_has_exactly_the_quota(write_log, strategy, quota, count):
     selection = select_from(write_log(np.random.default_rng(0).normal(size=(3, 4, 100))), quota, strategy)
@@ -261,7 +270,7 @@ def test_a_log_in_which_all_abstain_still_fills_the_quota(write_log, strategy):
     selection = select_from(write_log(np.zeros((2, 2, 10))), 20, strategy)
     # Nothing but indices decides: the first rows, or the last.
     layers = {"global_lowest": [[0, 1, 2, 3], []], "global_highest": [[], [6, 7, 8, 9]], "layer_highest": [[8, 9]] * 2}
-    layers["capped"] = layers["global_lowest"]
+    layers |= {"capped": layers["global_lowest"], "layer_highest_magnitude": layers["layer_highest"]}
     assert selection.rows.as_lists() == layers.get(strategy, [[0, 1], [0, 1]])
     assert selection.votes.counts_LD.sum() == 0
     assert selection.votes.num_abstentions == (2 if strategy in MODEL_STRATEGIES else 4)

@@ -35,7 +35,7 @@ def compare_positions(
 ) -> None:
     """Compare selections: rows in common, in all and per layer, against what chance would give.
 
-    Chance: as many rows in every layer, drawn at random. z counts standard deviations from there.
+    Chance: each file draws as many rows as it has in every layer, at random. z counts standard deviations from there.
 
     Example: loki compare-positions 10.json 20.json
     """

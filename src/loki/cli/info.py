@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -59,6 +60,8 @@ def info(
     from loki.models import model_label, resolve_device, resolve_dtype
     from loki.results import Result
 
+    if Path(model).suffix == ".h5" and Path(model).is_file():
+        raise InputError(f"{model} is an attribution log, not a model: draw it with `loki report {model}`")
     if num_prompts < 1:
         raise InputError(f"num-prompts {num_prompts} is not possible: give 1 or more")
     place = resolve_device(device)

@@ -28,7 +28,7 @@ def report(
         bool, typer.Option(help="Bootstrap the selection over prompts, which reads the log once more.")
     ] = True,
 ) -> None:
-    """Draw a page that opens anywhere: maps of attribution and votes, subjects, stability, before/after table.
+    """Draw a page that opens anywhere: maps of scores and votes, subjects, stability, before/after table.
 
     Example: loki report kva.h5 --positions 10.json --output report.html
     """

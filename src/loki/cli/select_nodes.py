@@ -44,7 +44,7 @@ def select_nodes(
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Select rows of low contribution, in equal number in every layer.
+    """Select rows by an attribution log, of low contribution and in equal number in every layer unless told otherwise.
 
     Example: loki select-nodes --hdf5-path kva.h5 --quota 10 --output-dir .
     """

@@ -1,4 +1,4 @@
-"""The report's charts: attribution by layer, crowding, stability, training, forgetting.
+"""The report's charts: scores by layer, crowding, stability, training, forgetting.
 
 Shapes: L layers, D rows (hidden size), K selected rows, B bins.
 """
@@ -29,6 +29,7 @@ from loki.reporting.drawing import (
 )
 from loki.reporting.numbers import format_number, power_of_ten, round_down, short_percent
 from loki.reporting.statistics import histogram_of_shares, layer_histograms, layer_shares, symmetric_log
+from loki.reporting.wording import KVA, Wording
 
 NUM_BINS = 80
 MEASURES = {
@@ -41,18 +42,19 @@ RIDGE_OVERLAP = 2.6
 """A layer's highest ridge, in distances between layers."""
 
 
-def attribution_ridges(means_LD: np.ndarray, *, title: str) -> Picture:
-    """How many rows of each layer have which mean attribution: a ridge for each layer, over a symmetric-log axis.
+def score_ridges(means_LD: np.ndarray, *, title: str, wording: Wording = KVA, signed: bool = True) -> Picture:
+    """How many rows of each layer have which mean score: a ridge for each layer, over a symmetric-log axis.
 
     Ridges are counts in `NUM_BINS` equal bins, smoothed over three of them, on one scale for all layers; the two
-    halves are negative and positive means. A tick on each baseline is the median row.
+    halves are negative and positive means, of which scores that are not `signed` have only the latter. A tick on each
+    baseline is the median row.
 
     Raises:
         InputError: matplotlib is missing.
     """
     num_layers, _ = means_LD.shape
     unit = linear_unit(means_LD)
-    counts_LB, edges = layer_histograms(means_LD, unit, NUM_BINS)
+    counts_LB, edges = layer_histograms(means_LD, unit, NUM_BINS, signed=signed)
     padded_LB = np.pad(counts_LB.astype(np.float64), ((0, 0), (1, 1)))
     smooth_LB = (padded_LB[:, :-2] + 2 * padded_LB[:, 1:-1] + padded_LB[:, 2:]) / 4
     heights_LB = smooth_LB / smooth_LB.max() * RIDGE_OVERLAP
@@ -62,18 +64,19 @@ def attribution_ridges(means_LD: np.ndarray, *, title: str) -> Picture:
     height = box[1] + box[3] + 44
     figure = new_figure(height)
     axes = new_axes(figure, box)
-    # Zero is an edge between bins; with a point there the two halves meet.
-    middles = np.insert((edges[:-1] + edges[1:]) / 2, NUM_BINS // 2, 0.0)
-    heights_LB = np.insert(heights_LB, NUM_BINS // 2, heights_LB[:, NUM_BINS // 2 - 1 : NUM_BINS // 2 + 1].mean(1), 1)
+    middles = (edges[:-1] + edges[1:]) / 2
+    if signed:
+        # Zero is an edge between bins; with a point there the two halves meet.
+        half = NUM_BINS // 2
+        middles = np.insert(middles, half, 0.0)
+        heights_LB = np.insert(heights_LB, half, heights_LB[:, half - 1 : half + 1].mean(1), 1)
+    sides = ((LOW, middles <= 0), (HIGH, middles >= 0)) if signed else ((ACCENT, middles >= 0),)
     for layer in range(num_layers):
         curve_B = layer - heights_LB[layer]
         order = 2 * layer
-        for colour, alpha, side in (
-            (PAGE, 1.0, middles == middles),
-            (LOW, 0.6, middles <= 0),
-            (HIGH, 0.6, middles >= 0),
-        ):
-            axes.fill_between(middles[side], curve_B[side], layer, color=colour, alpha=alpha, linewidth=0, zorder=order)
+        axes.fill_between(middles, curve_B, layer, color=PAGE, linewidth=0, zorder=order)
+        for colour, side in sides:
+            axes.fill_between(middles[side], curve_B[side], layer, color=colour, alpha=0.6, linewidth=0, zorder=order)
         axes.plot(middles, curve_B, color=PAGE, linewidth=1.4, zorder=order + 1)
         median = float(symmetric_log(np.median(means_LD[layer]), unit))
         axes.plot([median, median], [layer, layer - 0.45], color=INK, linewidth=1.3, zorder=order + 1)
@@ -82,17 +85,18 @@ def attribution_ridges(means_LD: np.ndarray, *, title: str) -> Picture:
     axes.set_yticks(index_ticks(num_layers, 8))
     exponents = range(math.ceil(math.log10(unit)) + 1, math.floor(math.log10(np.abs(means_LD).max() or 1.0)) + 1)
     powers = [10.0**exponent for exponent in exponents]
-    places = symmetric_log(np.array([-power for power in reversed(powers)] + [0.0, *powers]), unit)
-    texts = [power_of_ten(e, "\u2212") for e in reversed(exponents)] + ["0"] + [power_of_ten(e) for e in exponents]
-    axes.set_xticks(places, texts)
+    places, texts = [0.0, *powers], ["0", *map(power_of_ten, exponents)]
+    if signed:
+        places = [-power for power in reversed(powers)] + places
+        texts = [power_of_ten(exponent, "\u2212") for exponent in reversed(exponents)] + texts
+    axes.set_xticks(symmetric_log(np.array(places), unit), texts)
     put_text(figure, 4, 26, "layer")
-    put_text(
-        figure, box[0] + box[2] / 4, 14, "on average against the answer", color=LOW, ha="center", fontweight="bold"
-    )
-    put_text(
-        figure, box[0] + 3 * box[2] / 4, 14, "on average for the answer", color=HIGH, ha="center", fontweight="bold"
-    )
-    put_text(figure, box[0] + box[2] / 2, height - 6, "mean attribution of a row", ha="center")
+    if signed:
+        words = ("against the answer", "for the answer") if wording.argues else ("negative", "positive")
+        for quarter, colour, side in zip((1, 3), (LOW, HIGH), words, strict=True):
+            place = box[0] + quarter * box[2] / 4
+            put_text(figure, place, 14, f"on average {side}", color=colour, ha="center", fontweight="bold")
+    put_text(figure, box[0] + box[2] / 2, height - 6, f"mean {wording.noun} of a row", ha="center")
     return Picture(figure, height, title)
 
 

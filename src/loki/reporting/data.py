@@ -9,6 +9,7 @@ from typing import Any
 
 from loki.reporting.content import Section
 from loki.reporting.survey import LogSurvey
+from loki.reporting.wording import KVA, Wording
 from loki.results import Result
 from loki.rows import RowSelection
 from loki.selection.stability import Stability
@@ -21,7 +22,7 @@ class NamedSelection:
     name: str
     rows: RowSelection
     how: str = ""
-    """Strategy and quota, where they are known: `layer_balanced, 10 %`."""
+    """Strategy and quota, and the score if it is not attribution, where known: `layer_balanced, 10 %, by damage`."""
 
 
 @dataclass(frozen=True)
@@ -83,3 +84,8 @@ class ReportData:
     def shown(self) -> RowSelection | None:
         """The selection over the maps."""
         return self.selections[0].rows if self.selections else None
+
+    @property
+    def wording(self) -> Wording:
+        """What its log's scores are called; attribution where there is no log."""
+        return self.survey.wording if self.survey is not None else KVA

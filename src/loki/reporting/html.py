@@ -71,6 +71,8 @@ def _render(data: ReportData, content: Content) -> str:
     return environment.get_template("report.html.j2").render(
         title=data.title,
         model_label=data.model_label,
+        wording=data.wording,
+        site_module="down_proj" if data.survey is None else data.survey.site_module,
         glance=content.glance,
         rows=[table_row(comparison) for comparison in data.summary.comparisons] if data.summary else [],
         sections=content.sections,

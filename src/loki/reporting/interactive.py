@@ -21,23 +21,24 @@ def rows_data(survey: LogSurvey, selection: RowSelection | None, stability_LD: n
     """JSON with votes, means, selection and stability of all rows, layer by layer, for the maps' tooltips.
 
     Votes are whole numbers in as few bytes as they fit, means float32; `selected` has one bit a row, most significant
-    first; `stability` is the share of resamples that choose the row, in whole percent.
+    first; `stability` is the share of resamples that choose the row, in whole percent. Magnitudes are left out where no
+    score is negative. `words` are what the tooltips call the score and what has one.
     """
-    votes = {
-        "signed_high": survey.high,
-        "signed_low": survey.low,
-        "magnitude_high": survey.high_magnitude,
-        "magnitude_low": survey.low_magnitude,
-    }
+    votes = {"signed_high": survey.high, "signed_low": survey.low}
+    if survey.is_signed:
+        votes |= {"magnitude_high": survey.high_magnitude, "magnitude_low": survey.low_magnitude}
     columns = {name: _packed(vote.counts_LD.astype(_whole(survey.num_prompts))) for name, vote in votes.items()}
     columns["mean"] = _packed(survey.mean_scores_LD.astype("<f4"))
-    columns["magnitude"] = _packed(survey.mean_magnitudes_LD.astype("<f4"))
+    if survey.is_signed:
+        columns["magnitude"] = _packed(survey.mean_magnitudes_LD.astype("<f4"))
     num_layers, num_rows = survey.high.counts_LD.shape
     if selection is not None:
         columns["selected"] = _packed(np.packbits(selection.as_mask(num_rows)))
     if stability_LD is not None:
         columns["stability"] = _packed(np.rint(100 * stability_LD).astype("u1"))
-    return _json({"layers": num_layers, "rows": num_rows, "prompts": survey.num_prompts, "columns": columns})
+    words = {"score": survey.wording.noun, "entries": survey.wording.entries}
+    sizes = {"layers": num_layers, "rows": num_rows, "prompts": survey.num_prompts}
+    return _json({**sizes, "words": words, "columns": columns})
 
 
 def subjects_data(relative_SL: np.ndarray, names: Sequence[str]) -> str:

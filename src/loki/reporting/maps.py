@@ -53,13 +53,19 @@ RAMP: Mapping[Theme, tuple[float, float]] = {"light": (0.90, 0.14), "dark": (0.3
 
 
 def density_maps(
-    high_LD: np.ndarray, low_LD: np.ndarray, selection: RowSelection | None, *, titles: tuple[str, str]
+    high_LD: np.ndarray,
+    low_LD: np.ndarray,
+    selection: RowSelection | None,
+    *,
+    titles: tuple[str, str],
+    entries: str = "prompts",
 ) -> tuple[Picture, Picture]:
     """Two density maps on one scale: in which share of prompts each row is voted for as high, and as low.
 
     Both hold shares in [0, 1]. Colours are on a log scale; more than `MAX_BINS` rows are drawn as means over
     neighbours; blank cells are exactly zero. Beside each map stands each layer's share of its votes; under each
-    layer the selected rows. The titles are written over the maps and are their accessible names.
+    layer the selected rows. The titles are written over the maps and are their accessible names; the legend says of
+    which `entries` of the log the shares are.
 
     Raises:
         InputError: not two dimensions, or a share that is not in [0, 1]; matplotlib is missing.
@@ -74,8 +80,8 @@ def density_maps(
         marks_LB = np.minimum(marks_LB / _largest(marks_LB, num_rows // bin_size), 1)
     decades, smallest = colour_scale(high_LD, low_LD)
     top = max(float(layer_shares(high_LD).max()), float(layer_shares(low_LD).max()), 1 / num_layers) * 1.06
-    first = _density_map(high_LD, marks_LB, titles[0], HIGH, decades, smallest, top, legend=False)
-    return first, _density_map(low_LD, marks_LB, titles[1], LOW, decades, smallest, top, legend=True)
+    first = _density_map(high_LD, marks_LB, titles[0], HIGH, decades, smallest, top)
+    return first, _density_map(low_LD, marks_LB, titles[1], LOW, decades, smallest, top, legend=f"share of {entries}")
 
 
 def _density_map(
@@ -87,7 +93,7 @@ def _density_map(
     smallest: float,
     top: float,
     *,
-    legend: bool,
+    legend: str | None = None,
 ) -> Picture:
     num_layers, num_rows = shares_LD.shape
     cells_LB, bin_size = bin_rows(shares_LD, MAX_BINS)
@@ -107,7 +113,7 @@ def _density_map(
         ticks = [(step / decades, short_percent(10.0 ** (step - decades))) for step in range(0, decades + 1, every)]
         if smallest < MIN_SHARE:
             ticks[0] = (0.0, f"≤ {ticks[0][1]}")
-        _draw_legend(figure, bottom + 54, ticks, marks=marks_LB is not None)
+        _draw_legend(figure, bottom + 54, ticks, legend, marks=marks_LB is not None)
 
     strip = new_axes(figure, (STRIP_LEFT, HEADER, STRIP_WIDTH, box[3]))
     strip.spines["left"].set_visible(True)
@@ -175,8 +181,8 @@ def _pixels(levels_LB: np.ndarray, marks_LB: np.ndarray | None, theme: Theme) ->
     return stacked.repeat(-(-PIXELS_ACROSS // levels_LB.shape[1]), axis=1)
 
 
-def _draw_legend(figure: Figure, top: float, ticks: Sequence[tuple[float, str]], *, marks: bool) -> None:
-    """A blank box for zero, the colour scale, and what the thin marks are."""
+def _draw_legend(figure: Figure, top: float, ticks: Sequence[tuple[float, str]], label: str, *, marks: bool) -> None:
+    """A blank box for zero, the colour scale with its label, and what the thin marks are."""
     from matplotlib.lines import Line2D
 
     blank = new_axes(figure, (MAP_LEFT, top, 22, 10))
@@ -185,7 +191,7 @@ def _draw_legend(figure: Figure, top: float, ticks: Sequence[tuple[float, str]],
     blank.set_xticks([0.5], ["never"])
     levels = np.linspace(0, 1, 200)[None, :]
     _draw_scale(figure, (MAP_LEFT + 82, top, 200, 10), {theme: _colours(levels, theme) for theme in THEMES}, ticks)
-    put_text(figure, MAP_LEFT + 292, top + 9, "share of prompts")
+    put_text(figure, MAP_LEFT + 292, top + 9, label)
     if marks:
         total = figure.get_figheight() * 72
         left = STRIP_LEFT - 12

@@ -41,6 +41,11 @@ def short_percent(share: float) -> str:
     return f"{100 * share:.2g}{THIN}%" if share < 0.1 else f"{100 * share:.0f}{THIN}%"
 
 
+def times(ratio: float) -> str:
+    """A ratio in a sentence, one decimal; below 0.1 one digit: `8.1`, `0.03`."""
+    return f"{ratio:.1f}" if ratio >= 0.1 else f"{ratio:.1g}"
+
+
 def with_minus(text: str) -> str:
     """The minus sign in place of hyphens."""
     return text.replace("-", MINUS)

@@ -12,7 +12,7 @@ from loki.reporting.content import Content, Section, Table
 from loki.reporting.data import Forgetting, ReportData
 from loki.reporting.interactive import rows_data, subjects_data
 from loki.reporting.map_sections import crowding_section, magnitude_section, signed_section
-from loki.reporting.numbers import NBSP, format_number, percent, plural
+from loki.reporting.numbers import NBSP, format_number, percent, plural, times
 from loki.reporting.statistics import crowding, similar_order
 from loki.reporting.survey import LogSurvey
 from loki.rows import RowSelection
@@ -32,7 +32,7 @@ def make_content(data: ReportData) -> Content:
     sections: list[Section] = []
     glance: list[tuple[str, str]] = []
     script_data: dict[str, str] = {}
-    survey = data.survey
+    survey, wording = data.survey, data.wording
     if survey is not None:
         num_layers, num_rows = survey.high.counts_LD.shape
         for selection in data.selections:
@@ -40,22 +40,26 @@ def make_content(data: ReportData) -> Content:
         crowded = crowding(survey.high.counts_LD, survey.low.counts_LD)
         stability_LD = data.stability.shares_LD if data.stability is not None else None
         script_data["rows-data"] = rows_data(survey, data.shown, stability_LD)
-        glance.append((format_number(survey.num_prompts), "prompts analysed"))
+        analysed = "prompts analysed" if wording.entry == "prompt" else "windows of text analysed"
+        glance.append((format_number(survey.num_prompts), analysed))
         glance.append((f"{num_layers} × {format_number(num_rows)}", "layers × rows in each"))
-        sections += [signed_section(survey, data.shown), magnitude_section(survey, data), _spread(survey)]
+        sections.append(signed_section(survey, data.shown))
+        if survey.is_signed:
+            sections.append(magnitude_section(survey, data))
+        sections.append(_spread(survey))
         if crowded is not None:
             sections.append(crowding_section(survey, crowded))
-            glance.append((f"{crowded.ratio:.1f} ×", "as often as by chance do high and low votes share a layer"))
+            glance.append((f"{times(crowded.ratio)} ×", "as often as by chance do high and low votes share a layer"))
         if survey.subjects is not None:
             order_S = similar_order(np.log(np.maximum(survey.subjects.relative_SL, 1e-12)))
             names = [survey.subject_names[subject] for subject in order_S]
             script_data["subjects-data"] = subjects_data(survey.subjects.relative_SL[order_S], names)
-            sections.append(subject_sections.layers_section(survey.subjects, survey.subject_names, order_S))
-            sections.append(subject_sections.rows_section(survey.subjects, survey.subject_names, data.shown))
+            sections.append(subject_sections.layers_section(survey.subjects, survey.subject_names, order_S, wording))
+            sections.append(subject_sections.rows_section(survey.subjects, survey.subject_names, data.shown, wording))
     if data.shown is not None:
         glance.insert(2, (format_number(data.shown.num_selected), "rows selected"))
         if data.stability is not None:
-            sections.append(_stability(data.shown, data.stability.shares_LD, data.stability.mean))
+            sections.append(_stability(data.shown, data.stability.shares_LD, data.stability.mean, wording.entries))
             glance.append((percent(data.stability.mean, 0), "of resamples agree on a selected row"))
         if len(data.selections) > 1:
             sections.append(_compared(data))
@@ -70,46 +74,55 @@ def _spread(survey: LogSurvey) -> Section:
     means_LD = survey.mean_scores_LD
     low_L, high_L = np.quantile(means_LD, [0.05, 0.95], axis=1)
     widest, narrowest = int((high_L - low_L).argmax()), int((high_L - low_L).argmin())
-    negative = float((means_LD < 0).mean())
+    wording, signed = survey.wording, survey.is_signed
 
     def reach(layer: int) -> str:
         return f"{format_number(float(low_L[layer]), 2)} to {format_number(float(high_L[layer]), 2)}"
 
     result = (
-        f"Rows differ most in layer {widest}, where the middle 90{NBSP}% of them have mean attributions from "
-        f"{reach(widest)}, and least in layer {narrowest} ({reach(narrowest)}); "
-        f"{percent(negative)} of all rows are negative."
+        f"Rows differ most in layer {widest}, where the middle 90{NBSP}% of them have a mean {wording.noun} of "
+        f"{reach(widest)}, and least in layer {narrowest} ({reach(narrowest)})"
     )
-    unit = charts.linear_unit(means_LD)
-    reading = (
-        "Each ridge counts the rows of a layer by their mean attribution over all prompts: to the left rows that on "
-        "average lower the model’s own answer, to the right rows that raise it. The axis is logarithmic on both "
-        f"sides and linear near zero, below about {format_number(unit)}, which makes the valley in the middle; the "
-        "short tick on each line is the layer’s median row."
-    )
-    title = "Mean attribution of the rows of each layer"
-    picture = charts.attribution_ridges(means_LD, title=title)
+    reading = f"Each ridge counts the rows of a layer by their mean {wording.noun}"
+    reading += f"{'' if signed else ', which is never negative,'} over all {wording.entries}"
+    linear = f"linear near zero, below about {format_number(charts.linear_unit(means_LD))}"
+    if signed:
+        result += f"; {percent(float((means_LD < 0).mean()))} of all rows are negative"
+        if wording.argues:
+            reading += (
+                ": to the left rows that on average argue against the answer, to the right rows that argue for it"
+            )
+        reading += f". The axis is logarithmic on both sides and {linear}, which makes the valley in the middle"
+    else:
+        reading += f". The axis is logarithmic, and {linear}"
+    reading += "; the short tick on each line is the layer’s median row."
+    title = f"Mean {wording.noun} of the rows of each layer"
+    picture = charts.score_ridges(means_LD, title=title, wording=wording, signed=signed)
     return Section(
-        "spread", "How attribution spreads in each layer", result, reading, {"attribution_by_layer": picture}
+        "spread",
+        f"How {wording.noun} spreads in each layer",
+        f"{result}.",
+        reading,
+        {f"{wording.file_stem}_by_layer": picture},
     )
 
 
-def _stability(selection: RowSelection, shares_LD: np.ndarray, mean: float) -> Section:
+def _stability(selection: RowSelection, shares_LD: np.ndarray, mean: float, entries: str) -> Section:
     shares_K = np.concatenate([shares_LD[layer, list(rows)] for layer, rows in enumerate(selection.rows)])
     unsettled = int((shares_K < NEARLY_SETTLED).sum())
     count = f"{format_number(unsettled)} of {plural(len(shares_K), 'row')}"
-    result = f"A selected row is chosen by {percent(mean)} of bootstrap resamples of the prompts on average"
+    result = f"A selected row is chosen by {percent(mean)} of bootstrap resamples of the {entries} on average"
     if mean >= SETTLED:
-        result += ": more prompts would change little."
+        result += f": more {entries} would change little."
     elif mean >= NEARLY_SETTLED:
-        result += ": most rows are settled, and more prompts would decide about the "
+        result += f": most rows are settled, and more {entries} would decide about the "
         result += f"{count} below {percent(NEARLY_SETTLED, 0)}."
     else:
-        result += f": more prompts are needed, {count} are chosen by fewer than {percent(NEARLY_SETTLED, 0)}."
+        result += f": more {entries} are needed, {count} are chosen by fewer than {percent(NEARLY_SETTLED, 0)}."
     reading = (
-        "Each resample draws as many prompts as there are, with replacement, and selects again in the same way. Rows "
-        "at the right are chosen nearly always; rows further left stand near the edge of the quota, where a few "
-        "prompts decide."
+        f"Each resample draws as many {entries} as there are, with replacement, and selects again in the same way. "
+        "Rows at the right are chosen nearly always; rows further left stand near the edge of the quota, where a few "
+        f"{entries} decide."
     )
     picture = charts.stability_histogram(shares_K, title="Stability of the selected rows")
     return Section("stability", "How stable is the selection?", result, reading, {"stability": picture})

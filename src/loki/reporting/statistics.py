@@ -34,7 +34,7 @@ class Crowding:
 
 
 def crowding(high_LD: np.ndarray, low_LD: np.ndarray, *, seed: int = 0) -> Crowding | None:
-    """Do rows of high and rows of low attribution crowd into the same layers (LoKI section 3.1)?
+    """Do rows of high and rows of low score crowd into the same layers (LoKI section 3.1)?
 
     `high_LD` and `low_LD` are votes (L, D). With h_l and v_l the shares of all high and all low votes that fall on
     layer l, the rate is Σ_l h_l v_l. It is 1/L where either kind is spread evenly, and larger where both crowd into
@@ -85,7 +85,7 @@ class SubjectProfile:
     counts_S: np.ndarray  # noqa: N815
     """Prompts of each subject."""
     layer_means_SL: np.ndarray  # noqa: N815
-    """Mean magnitude of attribution over the rows of a layer and the prompts of a subject, float64."""
+    """Mean magnitude of the score over the rows of a layer and the prompts of a subject, float64."""
     best: tuple[Specific, ...]
     """The row with the highest z-score of each subject that has one above the threshold, highest z-score first."""
     threshold: float
@@ -97,7 +97,7 @@ class SubjectProfile:
 
     @property
     def relative_SL(self) -> np.ndarray:  # noqa: N802
-        """Layer means over the layer's mean over subjects; 1 where a layer has no attribution at all."""
+        """Layer means over the layer's mean over subjects; 1 where all of a layer's scores are zero."""
         mean_L = self.layer_means_SL.mean(axis=0)
         relative_SL = np.ones_like(self.layer_means_SL)
         np.divide(self.layer_means_SL, mean_L, out=relative_SL, where=mean_L > 0)
@@ -105,7 +105,7 @@ class SubjectProfile:
 
 
 class SubjectTally:
-    """Sums of |attribution| by subject, and the same with subjects shuffled among the prompts."""
+    """Sums of |score| by subject, and the same with subjects shuffled among the prompts."""
 
     def __init__(self, subject_N: np.ndarray, num_subjects: int, *, seed: int = 0) -> None:
         """`subject_N` is each prompt's subject, 0 to S−1, or `NO_SUBJECT`; prompts come in this order."""
@@ -188,14 +188,17 @@ def symmetric_log(values: np.ndarray, unit: float) -> np.ndarray:
     return np.asarray(np.sign(values) * np.log10(1 + np.abs(values) / unit))
 
 
-def layer_histograms(means_LD: np.ndarray, unit: float, num_bins: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of each layer by mean attribution: counts (L, B) and the B+1 edges on the symmetric-log axis.
+def layer_histograms(
+    means_LD: np.ndarray, unit: float, num_bins: int, *, signed: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of each layer by mean score: counts (L, B) and the B+1 edges on the symmetric-log axis.
 
     The edges are symmetric about zero and reach the largest magnitude; with an even `num_bins` zero is an edge.
+    For scores that are not `signed` they begin at zero.
     """
     places_LD = symmetric_log(means_LD, unit)
     reach = float(np.abs(places_LD).max()) or 1.0
-    edges = np.linspace(-reach, reach, num_bins + 1)
+    edges = np.linspace(-reach if signed else 0.0, reach, num_bins + 1)
     return np.stack([np.histogram(places_D, edges)[0] for places_D in places_LD]), edges
 
 

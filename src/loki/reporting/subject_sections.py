@@ -10,12 +10,13 @@ from loki.reporting import maps
 from loki.reporting.content import Explorer, Section, Table
 from loki.reporting.numbers import format_number, plural
 from loki.reporting.statistics import SubjectProfile
+from loki.reporting.wording import Wording
 from loki.rows import RowSelection
 
 MAX_SPECIFIC = 12
 
 
-def layers_section(profile: SubjectProfile, names: Sequence[str], order_S: np.ndarray) -> Section:
+def layers_section(profile: SubjectProfile, names: Sequence[str], order_S: np.ndarray, wording: Wording) -> Section:
     """The map of subjects by layers, subjects in the given order."""
     relative_SL = profile.relative_SL
     far = np.abs(np.log(np.maximum(relative_SL, 1e-12)))
@@ -23,18 +24,18 @@ def layers_section(profile: SubjectProfile, names: Sequence[str], order_S: np.nd
     flat = int((relative_SL.max(axis=0) / np.maximum(relative_SL.min(axis=0), 1e-12)).argmin())
     result = (
         f"The largest departure is {_subject(names[subject])} in layer {layer}: {relative_SL[subject, layer]:.2g} "
-        f"times the layer’s mean over subjects. Layer {flat} serves all subjects most evenly."
+        f"times the layer’s mean over subjects. Layer {flat} differs least between subjects."
     )
     reading = (
-        "Each cell is the mean magnitude of attribution over a layer’s rows and a subject’s prompts, relative to the "
-        "layer’s mean over all subjects: orange is more, purple less. Subjects stand in an order that puts those with "
-        "like profiles side by side (their first principal component). Whole bands of one colour often follow the form "
-        "of the questions, such as their length, more than their topic."
+        f"Each cell is the mean {wording.subject_measure} over a layer’s rows and a subject’s {wording.entries}, "
+        "relative to the layer’s mean over all subjects: orange is more, purple less. Subjects stand in an order that "
+        "puts those with like profiles side by side (their first principal component). Whole bands of one colour often "
+        "follow the form of the questions, such as their length, more than their topic."
     )
     picture = maps.subject_map(relative_SL[order_S], [names[s] for s in order_S], title="Subjects by layer")
     return Section(
         "subjects",
-        "Which layers serve which subjects",
+        "Which layers serve which subjects" if wording.argues else f"How {wording.noun} differs between subjects",
         result,
         reading,
         {"subjects": picture},
@@ -42,11 +43,15 @@ def layers_section(profile: SubjectProfile, names: Sequence[str], order_S: np.nd
     )
 
 
-def rows_section(profile: SubjectProfile, names: Sequence[str], selection: RowSelection | None) -> Section:
+def rows_section(
+    profile: SubjectProfile, names: Sequence[str], selection: RowSelection | None, wording: Wording
+) -> Section:
     """The table of rows, and how many stand out against chance."""
+    entries = wording.entries
     result = (
         f"{format_number(profile.num_above)} of {format_number(profile.num_pairs)} pairs of a row and a subject have a "
-        f"z-score above {profile.threshold:.1f}, the highest that arises when subjects are shuffled among the prompts."
+        f"z-score above {profile.threshold:.1f}, the highest that arises when subjects are shuffled among the "
+        f"{wording.entries}."
     )
     shown = profile.best[:MAX_SPECIFIC]
     headings: tuple[str, ...] = ("Subject", "Layer", "Row", "Times the rest", "z-score")
@@ -68,10 +73,10 @@ def rows_section(profile: SubjectProfile, names: Sequence[str], selection: RowSe
         "above the threshold"
     )
     reading = (
-        "The z-score says how far a row’s mean magnitude over a subject’s prompts lies from its mean over all prompts, "
-        "in standard deviations of the mean of as many prompts drawn at random. “Times the rest” compares it with the "
-        "mean over all other prompts. So many pairs are looked at that some stand out by chance: the threshold is what "
-        "the largest of them reaches when the subjects mean nothing."
+        f"The z-score says how far a row’s mean {wording.subject_measure} over a subject’s {entries} lies from its "
+        f"mean over all {entries}, in standard deviations of the mean of as many {entries} drawn at random. “Times the "
+        f"rest” compares it with the mean over all other {entries}. So many pairs are looked at that some stand out by "
+        "chance: the threshold is what the largest of them reaches when the subjects mean nothing."
     )
     table = Table(caption, headings, tuple(row[: len(headings)] for row in rows)) if rows else None
     return Section("specific", "Rows most specific to a subject", result, reading, table=table)

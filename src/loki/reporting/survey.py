@@ -15,8 +15,9 @@ from loki.log import schema
 from loki.log.reader import AttributionLog
 from loki.prompts.mmlu import SUBJECTS
 from loki.reporting.statistics import NO_SUBJECT, SubjectProfile, SubjectTally
+from loki.reporting.wording import KVA, Wording, wording_of
 from loki.rows import RowSelection
-from loki.selection.strategies import Election, winners
+from loki.selection.strategies import STRATEGIES, Election, winners
 from loki.selection.threads import read_ahead
 from loki.selection.votes import Ballot, Direction, Scope, Score, VoteCounter, Votes
 
@@ -27,10 +28,12 @@ _SUBJECT = re.compile(rf"(?:.+:)?(?:mmlu_(?:dev|validation|test)_)?({'|'.join(SU
 
 @dataclass(frozen=True)
 class Rivals:
-    """What votes by either score would have selected, as many rows as the selection shown has."""
+    """What votes on the signed score and on its magnitude would have selected: as many rows as the selection shown."""
 
     scope: Scope
-    """Whether rows competed in their layer, as in a selection with equal numbers, or in the whole model."""
+    """Whether rows competed in their layer, for as many places as the selection shown has there, or in the model."""
+    direction: Direction
+    """Which end was taken."""
     signed: RowSelection
     magnitude: RowSelection
 
@@ -41,10 +44,10 @@ class LogSurvey:
 
     num_prompts: int
     high: Votes
-    """For the 5 % of the model's rows with the highest attribution of a prompt."""
+    """For the 5 % of the model's rows with the highest score of a prompt."""
     low: Votes
     high_magnitude: Votes
-    """The same by |attribution|."""
+    """The same by |score|."""
     low_magnitude: Votes
     rivals: Rivals | None = None
     subject_names: tuple[str, ...] = ()
@@ -52,22 +55,33 @@ class LogSurvey:
     subjects: SubjectProfile | None = None
     votes_again: Votes | None = None
     """Of the election that was asked for beside these."""
+    wording: Wording = KVA
+    """What the scores are called."""
+    site_module: str = "down_proj"
+    """Whose rows they are of."""
 
     @property
     def mean_scores_LD(self) -> np.ndarray:  # noqa: N802
-        """Mean attribution of each row (L, D), float64."""
+        """Mean score of each row (L, D), float64."""
         return self.high.mean_scores_LD
 
     @property
     def mean_magnitudes_LD(self) -> np.ndarray:  # noqa: N802
-        """Mean |attribution| of each row (L, D), float64."""
+        """Mean |score| of each row (L, D), float64."""
         return self.high_magnitude.mean_scores_LD
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether any score is negative: the two means of a row that has no such score are the same sum."""
+        return not np.array_equal(self.mean_scores_LD, self.mean_magnitudes_LD)
 
 
 def survey_log(
     log: AttributionLog, selection: RowSelection | None = None, election: Election | None = None
 ) -> LogSurvey:
     """Read a log once; the votes of `election`, which is not of random rows, are counted beside the rest.
+
+    `election` also tells how the rows of `selection` were chosen.
 
     Raises:
         ArtefactError: the log holds NaN or infinity, or is damaged; the selection is of another shape.
@@ -79,8 +93,7 @@ def survey_log(
     ballots = [Ballot("model", direction, count, score) for score, direction in kinds]
     if selection is not None:
         selection.require_fit(num_layers=log.num_layers, num_rows=log.num_rows)
-        scope, quota = _size(selection)
-        ballots += [Ballot(scope, "lowest", quota, score) for score in ("signed", "magnitude")]
+        ballots += _rival_ballots(selection, election)
     counter, again = VoteCounter(ballots), None
     if election is not None:
         assert election.ballot is not None, "random rows are not elected"
@@ -94,11 +107,14 @@ def survey_log(
     high, low, high_magnitude, low_magnitude, *of_rivals = counter.result()
     rivals = None
     if selection is not None:
+        scope, direction = ballots[-1].scope, ballots[-1].direction
+        places_L = [len(rows) for rows in selection.rows] if scope == "layer" else None
         chosen = [
-            _only_used_layers(winners(vote, ballot), selection, scope)
+            RowSelection.from_lists(winners(vote, ballot, counts_L=places_L))
             for vote, ballot in zip(of_rivals, ballots[4:], strict=True)
         ]
-        rivals = Rivals(scope, *chosen)
+        rivals = Rivals(scope, direction, *chosen)
+    settings = log.header.settings if log.header is not None else {}
     return LogSurvey(
         log.num_prompts,
         high,
@@ -109,6 +125,8 @@ def survey_log(
         subject_names=names,
         subjects=tally.result() if tally else None,
         votes_again=again.result()[0] if again else None,
+        wording=wording_of(str(settings.get("score", "kva"))),
+        site_module=str(settings.get("site_module", "down_proj")),
     )
 
 
@@ -133,13 +151,20 @@ def _subjects(log: AttributionLog) -> tuple[tuple[str, ...], np.ndarray | None]:
     return subjects_of(log.prompts()[1]) or ((), None)
 
 
-def _size(selection: RowSelection) -> tuple[Scope, int]:
-    """How many rows compete for in which scope: layers that have rows at all have equally many, or all layers do."""
-    counts = {len(rows) for rows in selection.rows if rows}
-    return ("layer", counts.pop()) if len(counts) == 1 else ("model", selection.num_selected)
+def _rival_ballots(selection: RowSelection, election: Election | None) -> list[Ballot]:
+    """On both scores, for as many rows as were selected, from the end that they were taken from.
 
-
-def _only_used_layers(rows: list[list[int]], selection: RowSelection, scope: Scope) -> RowSelection:
-    if scope == "layer":
-        rows = [own if theirs else [] for own, theirs in zip(rows, selection.rows, strict=True)]
-    return RowSelection.from_lists(rows)
+    Rows compete in their layer where all layers that have rows have equally many, or where they are known to have
+    done so, and otherwise in the whole model.
+    """
+    scope: Scope = "model"
+    direction: Direction = "lowest"
+    count = selection.num_selected
+    if election is not None and election.ballot is not None:
+        direction = election.ballot.direction
+    places = {len(rows) for rows in selection.rows if rows}
+    if len(places) == 1:
+        scope, count = "layer", places.pop()
+    elif election is not None and STRATEGIES[election.strategy].scope == "layer":
+        scope, count = "layer", election.count
+    return [Ballot(scope, direction, count, score) for score in ("signed", "magnitude")]

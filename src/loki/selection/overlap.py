@@ -168,17 +168,17 @@ def load_comparable(
                 f"positions file {paths[0]} has {selections[0].num_layers} layers, {path} has {selection.num_layers}: "
                 "compare selections for one model"
             )
-    known: dict[str, tuple[str | None, int]] = {}
+    known: dict[str, _Origin] = {}
     if shape is not None:
-        known["--model"] = (str(shape), shape.num_rows)
+        known["--model"] = _Origin(str(shape), shape.num_rows)
     elif num_rows is not None:
-        known["--num-rows"] = (None, num_rows)
+        known["--num-rows"] = _Origin(None, num_rows)
     for path in paths:
         origin = _origin(path)
         if origin is not None:
             known[f"positions file {path}"] = origin
     _require_one_model(known)
-    found = next(iter(known.values()))[1] if known else None
+    found = next(iter(known.values())).num_rows if known else None
     if found is not None:
         for path, selection in zip(paths, selections, strict=True):
             selection.require_fit(
@@ -189,31 +189,43 @@ def load_comparable(
     return selections, found
 
 
-def _origin(path: Path) -> tuple[str | None, int] | None:
-    """Architecture and rows of a layer of the model that a file was selected for, where its provenance tells."""
+@dataclass(frozen=True)
+class _Origin:
+    """What is known of the rows that positions name."""
+
+    architecture: str | None
+    num_rows: int
+    site_module: str | None = None
+    """Whose output rows they are; a log that does not say has those of the feed-forward block."""
+
+    def __str__(self) -> str:
+        return f"{self.architecture + ', ' if self.architecture else ''}{self.num_rows} rows a layer"
+
+
+def _origin(path: Path) -> _Origin | None:
+    """What the provenance of positions tells of their rows."""
     meta = load_meta(path)
     log = meta.get("log") if meta else None
     if log is None:
         return None
     try:
-        return log["model"].get("architecture"), int(log["num_rows"])
+        site_module = str(log.get("settings", {}).get("site_module", "down_proj"))
+        return _Origin(log["model"].get("architecture"), int(log["num_rows"]), site_module)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtefactError(
             f"positions provenance {meta_path(path)} does not say how many rows a layer has: select again, or remove it"
         ) from error
 
 
-def _require_one_model(known: dict[str, tuple[str | None, int]]) -> None:
-    for (first, (architecture, num_rows)), (other, (other_architecture, other_num_rows)) in combinations(
-        known.items(), 2
-    ):
-        architectures = {architecture, other_architecture} - {None}
-        if len(architectures) > 1 or num_rows != other_num_rows:
+def _require_one_model(known: dict[str, _Origin]) -> None:
+    for (first, one), (second, other) in combinations(known.items(), 2):
+        architectures = {one.architecture, other.architecture} - {None}
+        if len(architectures) > 1 or one.num_rows != other.num_rows:
             raise ArtefactError(
-                f"selections of different models cannot be compared: {first} says "
-                f"{_model_text(architecture, num_rows)}; {other} says {_model_text(other_architecture, other_num_rows)}"
+                f"selections of different models cannot be compared: {first} says {one}; {second} says {other}"
             )
-
-
-def _model_text(architecture: str | None, num_rows: int) -> str:
-    return f"{architecture + ', ' if architecture else ''}{num_rows} rows a layer"
+        if len({one.site_module, other.site_module} - {None}) > 1:
+            raise ArtefactError(
+                f"selections of different projections have no rows in common: {first} is of {one.site_module}, "
+                f"{second} of {other.site_module}; compare selections for one of them"
+            )

@@ -170,13 +170,13 @@ def _provenance(selected: Selected, constraints: Constraints, header: Mapping[st
     meta: dict[str, Any] = {"strategy": election.strategy, "quota_percent": format_quota(election.quota)}
     if votes is None or selected.stability is not None:
         meta["seed"] = constraints.seed
+    if strategy.votes_decide:
+        # Which score the log holds stands in its header.
+        meta |= {"votes_on": strategy.score, "votes_per_prompt": election.count}
     if votes is not None:
-        meta |= {
-            "score": strategy.score,
-            "votes_per_prompt": election.count,
-            "num_prompts": votes.num_prompts,
-            "num_abstentions": votes.num_abstentions,
-        }
+        meta["num_prompts"] = votes.num_prompts
+        if strategy.votes_decide:
+            meta["num_abstentions"] = votes.num_abstentions
     if constraints.layers is not None:
         meta["layers"] = constraints.layers
     if constraints.exclude:

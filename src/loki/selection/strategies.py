@@ -36,6 +36,11 @@ class Strategy:
     """The same number from each, or as many as `adaptive_counts` or `capped_counts` tells; the latter takes rows by
     their mean score alone."""
 
+    @property
+    def votes_decide(self) -> bool:
+        """Whether prompts elect the rows."""
+        return self.direction != "random" and self.layers != "capped"
+
 
 STRATEGIES: Mapping[StrategyName, Strategy] = MappingProxyType(
     {
@@ -44,6 +49,7 @@ STRATEGIES: Mapping[StrategyName, Strategy] = MappingProxyType(
         "adaptive": Strategy("layer", "lowest", "magnitude", "adaptive"),
         "capped": Strategy("layer", "lowest", layers="capped"),
         "layer_highest": Strategy("layer", "highest"),
+        "layer_highest_magnitude": Strategy("layer", "highest", "magnitude"),
         "global_lowest": Strategy("model", "lowest"),
         "global_highest": Strategy("model", "highest"),
         "random": Strategy("layer", "random"),

@@ -214,7 +214,7 @@
       const outer = edge.includes(y) ? "" : " outer";
       draw(svg, "line", { x1: LENS.left, x2: LENS.left + LENS.span, y1: y, y2: y, class: `axis${outer}` });
     }
-    draw(svg, "text", { x: LENS.left, y: edge[0] - LENS.bar - 5 }, "100\u202f% of prompts");
+    draw(svg, "text", { x: LENS.left, y: edge[0] - LENS.bar - 5 }, `100\u202f% of ${data.words.entries}`);
     const title = draw(svg, "text", { x: LENS.left + LENS.span / 2, y: LENS.height - 4, "text-anchor": "middle" });
     const bars = Array.from({ length: count }, (_, i) => {
       const box = { x: LENS.left + (i + 0.1) * step, width: 0.8 * step };
@@ -278,14 +278,14 @@
       const cell = layer * data.rows + row;
       const voted = (direction) => {
         const count = column(`${kind}_${direction}`)[cell];
-        return `${whole(count)} of ${whole(data.prompts)} prompts (${percent(count / data.prompts)})`;
+        return `${whole(count)} of ${whole(data.prompts)} ${data.words.entries} (${percent(count / data.prompts)})`;
       };
       const lines = [
         [figure.dataset.high, voted("high")],
         [figure.dataset.low, voted("low")],
-        ["mean attribution", format(column("mean")[cell])],
-        ["mean magnitude", format(column("magnitude")[cell])],
+        [`mean ${data.words.score}`, format(column("mean")[cell])],
       ];
+      if (column("magnitude") !== null) lines.push(["mean magnitude", format(column("magnitude")[cell])]);
       if (column("stability") !== null) lines.push(["chosen in resamples", `${column("stability")[cell]}\u00a0%`]);
       if (bits !== null) lines.push(["selected", votes.selected(cell) ? "yes" : "no"]);
       return { title: `Layer ${layer}, row ${row}`, lines };
