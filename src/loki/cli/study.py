@@ -10,6 +10,7 @@ import typer
 from loki.cli.options import JsonOption
 
 if TYPE_CHECKING:
+    from loki.results import Result
     from loki.study.conduct import Done
     from loki.study.forecast import Forecast
 
@@ -36,7 +37,7 @@ def study(
     """Train every method on the same examples, and measure what each learned, forgot and cost.
 
     Learning rates are chosen by the loss of held-out examples after short runs. Each finished run is a file of its own;
-    the same command goes on where it was stopped.
+    the same command goes on where it was stopped. The figures of all finished runs are written after each.
 
     Example: loki study experiments/forgetting.yaml --data-dir data --workers 2
     """
@@ -46,6 +47,7 @@ def study(
     from loki.study.collect import collect
     from loki.study.conduct import Study
     from loki.study.forecast import forecast
+    from loki.study.plan import BASE
     from loki.study.settings import load_study
     from loki.study.settings import smoke as shrink
 
@@ -61,16 +63,20 @@ def study(
     if plan:
         typer.echo(_plan_line(forecast(work)))
         return
+
+    def collected() -> Result:
+        """The figures of all that is finished, of methods that this command leaves out too."""
+        return collect(work.settings, Study(work.settings, folder).results)
+
+    def tell(done: Done) -> None:
+        notes.print(_line(done))
+        if BASE in work.results:
+            collected().save(result)
+
     # Processes of their own cost more than a smoke test's runs.
     own = None if smoke else workers
-    work.conduct(
-        workers=own,
-        max_hours=max_hours,
-        tell=lambda done: notes.print(_line(done)),
-        prepare=_prepare,
-        track=track,
-    )
-    found = collect(work.settings, work.results)
+    work.conduct(workers=own, max_hours=max_hours, tell=tell, prepare=_prepare, track=track)
+    found = collected()
     found.save(result)
     notes.print(f"wrote {result}")
     if as_json:
