@@ -23,6 +23,7 @@ from loki.errors import ArtefactError, InputError
 from loki.implanting.stored_rows import layer_number
 from loki.implanting.tuner.layer import LokiLayer
 from loki.provenance import new_directory, read_json, write_bytes
+from loki.training.modes import BASE_KEEPING
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 RESULT, CURVE = "dial.json", "curve"
-LORA_BEGINNINGS = (True, False, "gaussian", "orthogonal", "eva")
-"""Initialisations of LoRA that leave the base's own weights alone."""
 NOT_LINEAR = ("use_dora", "use_qalora", "use_bdlora", "modules_to_save", "trainable_token_indices", "arrow_config")
 """What a LoRA may have besides two factors, and what a scale of one of them would not scale."""
 
@@ -183,7 +182,7 @@ def require_dialable(folder: Path) -> dict[str, Any]:
         if found.get(name):
             raise ArtefactError(f"adapter {folder} has {name}, and not only a change that can be scaled: merge it")
     beginning = found.get("init_lora_weights", True)
-    if kind == "LORA" and beginning not in LORA_BEGINNINGS:
+    if kind == "LORA" and beginning not in BASE_KEEPING:
         raise ArtefactError(
             f"adapter {folder} began with {beginning!r}, which changes the base's own weights too: save it with PEFT's "
             "path_initial_model_for_weight_conversion first"

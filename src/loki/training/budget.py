@@ -24,7 +24,7 @@ from loki.evaluation.statistics import share
 from loki.prompts.questions import Question, load_probe
 from loki.provenance import digest
 from loki.training.callbacks import Row, reporters_of
-from loki.training.modes import adapter_disabled, device_of, has_adapter, measuring
+from loki.training.modes import adapter_disabled, device_of, has_adapter, measuring, require_own_base
 from loki.training.texts import BUILT_IN, read_texts, token_windows
 
 if TYPE_CHECKING:
@@ -201,6 +201,7 @@ class ForgettingBudget(TrainerCallback):
         self._windows = token_windows(
             self.tokenizer, self.texts, max_tokens=self.max_tokens, window=self.window, what="budget"
         )
+        require_own_base(model, "the forgetting budget")
         if not has_adapter(model):
             with measuring(model, args):
                 self._base = [_log_probabilities(model, ids_T).half().cpu() for ids_T in self._windows]

@@ -8,13 +8,33 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from loki.errors import InputError
+
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+
+BASE_KEEPING = (True, False, "gaussian", "orthogonal", "eva")
+"""Initialisations of LoRA that leave the base's own weights alone; PiSSA, OLoRA, CorDA and LoftQ do not."""
 
 
 def has_adapter(model: Any) -> bool:
     """Whether PEFT wraps the model, or `transformers` put an adapter into it."""
     return hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)
+
+
+def require_own_base(model: Any, what: str) -> None:
+    """Make sure that the model with its adapter off is what it was before training; `what` wants it.
+
+    Raises:
+        InputError: a LoRA that began by changing the base's weights.
+    """
+    for config in getattr(model, "peft_config", {}).values():
+        beginning = getattr(config, "init_lora_weights", True)
+        if beginning not in BASE_KEEPING:
+            raise InputError(
+                f"{what} needs the base as the model with its adapter off, and a LoRA that begins with {beginning!r} "
+                f"changes the base's weights: begin with another, or leave {what} out"
+            )
 
 
 @contextlib.contextmanager

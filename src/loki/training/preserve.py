@@ -30,7 +30,14 @@ from loki.provenance import digest
 from loki.training.callbacks import Row, reporters_of
 from loki.training.chunked_divergence import chunked_divergence
 from loki.training.heads import inputs_only, plain_head
-from loki.training.modes import adapter_disabled, device_of, has_adapter, measuring, training_precision
+from loki.training.modes import (
+    adapter_disabled,
+    device_of,
+    has_adapter,
+    measuring,
+    require_own_base,
+    training_precision,
+)
 from loki.training.texts import read_texts, token_windows
 
 if TYPE_CHECKING:
@@ -204,6 +211,7 @@ class PreservePredictions(TrainerCallback):
                 "preserve needs an adapter, because the base is the model with its adapter off: "
                 "train an adapter of any PEFT method, or leave preserve out"
             )
+        require_own_base(model, "preserve")
         if not getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
             with adapter_disabled(model):
                 trained = next((name for name, weight in model.named_parameters() if weight.requires_grad), None)
