@@ -64,7 +64,7 @@ def test_branch_equals_recompute(tokenizer):
     model = fresh_model()
     question = load_probe("analysis")[0]
     ids = encode_chat(tokenizer, [{"role": "user", "content": single_choice_prompt(question)}])[None]
-    fast, plain = (attribute(model, ids, steps=3, engine=engine) for engine in ("branch", "recompute"))
+    fast, plain = (attribute(model, ids, steps=2, engine=engine) for engine in ("branch", "recompute"))
     assert torch.equal(fast.target_ids, plain.target_ids)
     difference = (fast.scores - plain.scores).norm(dim=-1) / plain.scores.norm(dim=-1)
     assert difference.shape == (1, 30)
