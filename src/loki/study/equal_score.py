@@ -95,16 +95,14 @@ def compare_at_equal_score(
     most_seeds = max(curve.learned_SPN.shape[0] for curve in curves.values())
     # Seeds of the same number order the examples alike, so methods with as many seeds draw the same ones.
     seeds_R = {n: _resampled(draw, np.full(n, 1 / n)) for n in range(1, most_seeds + 1)}
-    points = {
-        name: (_means(curve.learned_SPN, items_RN, seeds_R), {
-            text: _means(values, windows_RM[text], seeds_R) for text, values in curve.forgotten_SPM.items()
-        })
+    learned_RP = {name: _means(curve.learned_SPN, items_RN, seeds_R) for name, curve in curves.items()}
+    targets_R = SHARE * learned_RP[reference].max(axis=1)
+    at = {
+        name: {
+            text: forgotten_at(targets_R, learned_RP[name], _means(values_SPM, windows_RM[text], seeds_R))
+            for text, values_SPM in curve.forgotten_SPM.items()
+        }
         for name, curve in curves.items()
-    }  # fmt: skip
-    targets_R = SHARE * points[reference][0].max(axis=1)
-    at: dict[str, dict[str, np.ndarray]] = {
-        name: {text: forgotten_at(targets_R, learned_RP, values_RP) for text, values_RP in forgotten.items()}
-        for name, (learned_RP, forgotten) in points.items()
     }
     return EqualScore(
         float(targets_R[0]),
