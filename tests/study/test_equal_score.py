@@ -46,12 +46,12 @@ def test_a_curve_begins_at_the_base_and_pairs_by_id():
         "calls": item_scores("calls", [1, 1, 0]),
         "wiki_kl": ItemScores("wiki_kl", "kl", ("b", "a"), (0.4, 0.3), **losses),
     }
-    found = curve_of(base, [[half, whole]], ["wiki"])
+    found = curve_of(base, [[half, whole]], {"wiki": ("b", "a")})
     assert found.learned_SPN.tolist() == [[[0, 0, 100], [0, 100, 100], [100, 100, 0]]]
-    assert found.forgotten_SPM["wiki"].tolist() == [[[0, 0], [0.1, 0.2], [0.3, 0.4]]]
+    assert found.forgotten_SPM["wiki"].tolist() == [[[0, 0], [0.2, 0.1], [0.4, 0.3]]]
     odd = {**whole, "calls": item_scores("calls", [1, 1, 0], ids="abx")}
     with pytest.raises(InputError, match="task 'calls' was scored on other items than the base: run the study again"):
-        curve_of(base, [[half, odd]], ["wiki"])
+        curve_of(base, [[half, odd]], {"wiki": ("a", "b")})
 
 
 WEIGHTS = {"wiki": np.array([1.0, 3.0])}

@@ -116,7 +116,7 @@ def collect(settings: StudySettings, results: Mapping[Run, Result]) -> Result:
         "num_runs": len(results),
         "hours": round(sum(_seconds(result) for result in results.values()) / 3600, 2),
         "methods": [outcome.as_dict() for outcome in outcomes],
-        "equal_score": None if task is None else _equal_score(settings, results, losses, base[task]),
+        "equal_score": None if task is None else _equal_score(settings, results, losses, base, task),
     }
     values = settings.model_dump(mode="json", exclude={"data_dir", "device"})
     return Result("study", values, finite(figures), model=results[BASE].model)
@@ -147,25 +147,28 @@ def _by_task(found: Sequence[Mapping[str, Any]]) -> dict[str, ItemScores]:
 
 
 def _equal_score(
-    settings: StudySettings, results: Mapping[Run, Result], losses: Mapping[Run, float], base: ItemScores
+    settings: StudySettings,
+    results: Mapping[Run, Result],
+    losses: Mapping[Run, float],
+    base: Mapping[str, ItemScores],
+    task: str,
 ) -> dict[str, Any] | None:
     """Forgetting of all methods at the reference's score, as JSON; None without a reference that has run."""
     texts = list(settings.evaluate.texts)
     if settings.reference is None or not texts:
         return None
     curves = {}
-    weights: dict[str, np.ndarray] = {}
+    read = {text: base[f"{text}_loss"] for text in texts}
     for name, method in settings.methods.items():
         done = [results[run] for run in _whole_runs(settings, name, losses) if run in results]
         if method.kind == "suppress" or not done:
             continue
         runs = [[*scaled_scores_of(result).values(), scores_of(result)] for result in done]
-        if all(base.task in point and all(f"{text}_kl" in point for text in texts) for run in runs for point in run):
-            curves[name] = curve_of(base, runs, texts)
-            first = {text: runs[0][0][f"{text}_kl"] for text in texts}
-            weights |= {text: np.array(scores.weights or [1.0] * len(scores.ids)) for text, scores in first.items()}
+        if all(task in point and all(f"{text}_kl" in point for text in texts) for run in runs for point in run):
+            curves[name] = curve_of(base[task], runs, {text: scores.ids for text, scores in read.items()})
     if settings.reference not in curves:
         return None
+    weights = {text: np.array(scores.weights or [1.0] * len(scores.ids)) for text, scores in read.items()}
     found = compare_at_equal_score(curves, settings.reference, weights)
     return {
         "reference": settings.reference,

@@ -60,11 +60,13 @@ class EqualScore:
     """By method and text."""
 
 
-def curve_of(base: ItemScores, runs: Sequence[Sequence[Mapping[str, ItemScores]]], texts: Sequence[str]) -> Curve:
+def curve_of(
+    base: ItemScores, runs: Sequence[Sequence[Mapping[str, ItemScores]]], windows: Mapping[str, Sequence[str]]
+) -> Curve:
     """The curve of S runs that each have the scores of P points, by task, in ascending order of the part.
 
-    `base` is the base's score of the task. Items are brought into the order of the base's, windows into that of the
-    first point's.
+    `base` is the base's score of the task. Items are brought into the order of the base's, windows of each text into
+    that of their ids in `windows`, so that those of all methods are paired.
 
     Raises:
         InputError: points of other items than the base's.
@@ -72,9 +74,8 @@ def curve_of(base: ItemScores, runs: Sequence[Sequence[Mapping[str, ItemScores]]
     start_N = _in_order(base, base.ids)
     learned_SPN = np.stack([[start_N, *(_in_order(point[base.task], base.ids) for point in run)] for run in runs])
     forgotten = {}
-    for text in texts:
-        windows = runs[0][0][f"{text}_kl"].ids
-        values_SPM = np.stack([[_in_order(point[f"{text}_kl"], windows) for point in run] for run in runs])
+    for text, ids in windows.items():
+        values_SPM = np.stack([[_in_order(point[f"{text}_kl"], ids) for point in run] for run in runs])
         forgotten[text] = np.concatenate([np.zeros_like(values_SPM[:, :1]), values_SPM], axis=1)
     return Curve(learned_SPN * (100 if base.unit == "%" else 1), forgotten)
 
