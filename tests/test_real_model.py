@@ -62,8 +62,8 @@ def test_the_embedded_model_speaks(tokenizer):
 def test_branch_equals_recompute(tokenizer):
     """Within 1e-4 per prompt and layer, ‖a−b‖/‖b‖, in float32: the bound that the design sets."""
     model = fresh_model()
-    question = load_probe("analysis")[0]
-    ids = encode_chat(tokenizer, [{"role": "user", "content": single_choice_prompt(question)}])[None]
+    # A short prompt: recomputing the whole model for every layer and step is what takes so long.
+    ids = encode_chat(tokenizer, [{"role": "user", "content": "What is the capital of France?"}])[None]
     fast, plain = (attribute(model, ids, steps=2, engine=engine) for engine in ("branch", "recompute"))
     assert torch.equal(fast.target_ids, plain.target_ids)
     difference = (fast.scores - plain.scores).norm(dim=-1) / plain.scores.norm(dim=-1)
@@ -101,10 +101,11 @@ def test_completeness_gap_shrinks_as_steps_grow(tokenizer):
 
 
 def test_base_answers_the_evaluation_half_well_above_chance(tokenizer):
-    scores, _ = score_questions(fresh_model(), tokenizer, load_probe("evaluation"))
+    questions = load_probe("evaluation")[::2]
+    scores, _ = score_questions(fresh_model(), tokenizer, questions)
     accuracy, log_probability = share([s.right for s in scores]), mean([s.log_probability for s in scores])
     assert accuracy.value >= 40
-    assert accuracy.count == log_probability.count == 114
+    assert accuracy.count == log_probability.count == len(questions) == 57
 
 
 def test_a_trained_and_merged_model_differs_in_the_selected_rows_only(tmp_path, tokenizer):

@@ -155,3 +155,21 @@ def test_without_a_reference_nothing_is_compared(settings, results, write_study)
     # It has not run yet.
     later = load_study(write_study(evaluate={"texts": {"wiki": 10}}, reference="rows"))
     assert collect(later, results).figures["equal_score"] is None
+
+
+def test_scores_are_told_relative_to_full_fine_tuning(settings, results):
+    """Of the mean of two seeds, 3 of 8 right answers, rows have a run with 2 of 4: a third more."""
+    results[Run("rows", "whole", 1e-3, 0)] = results[Run("full", "whole", 1e-3, 0)]
+    rows = settings.methods["rows"].model_copy(update={"learning_rates": (1e-3,), "seeds": (0,)})
+    settings = settings.model_copy(update={"methods": {**settings.methods, "rows": rows}})
+    figures = collect(settings, results).figures
+    assert figures["tasks"] == ["calls"]
+    found = figures["relative"]
+    assert found["reference"] == "full"
+    assert found["methods"]["full"]["calls"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert found["methods"]["rows"]["calls"]["value"] == pytest.approx((2 / 4) / (3 / 8))
+
+
+def test_nothing_is_relative_to_full_fine_tuning_that_has_not_run(settings, results):
+    kept = {run: result for run, result in results.items() if run.method != "full"}
+    assert collect(settings, kept).figures["relative"] is None

@@ -94,6 +94,28 @@ def test_what_was_learned_and_forgotten(result):
     assert set(found) == {"base, untrained", "LoKI", "random rows", "LoRA"}
 
 
+def test_every_score_of_the_task(result):
+    result.figures["tasks"] = ["calls", "refusals"]
+    result.figures["base"]["refusals"] = {**result.figures["base"]["calls"], "value": 100.0, "count": 4}
+    found = rows_of(result, "tasks")
+    assert found["items"] == ("10", "4")
+    assert found["base, untrained"] == ("0.0", "100.0")
+    assert found["LoKI"] == ("31.3 ± 1.8", "–")
+
+
+def test_scores_relative_to_full_fine_tuning(result):
+    assert "relative" not in tables(result)
+    found = {
+        "rows": {"calls": {"value": 0.951, "low": 0.5, "high": 2.0}},
+        "lora": {"calls": {"value": None, "low": None, "high": None}},
+        "drawn": {},
+    }
+    result.figures["relative"] = {"reference": "lora", "methods": found}
+    assert tables(result)["relative"].caption == "Scores relative to LoRA"
+    assert "Relative to full fine-tuning" in render_report(study_report(result))
+    assert rows_of(result, "relative") == {"LoKI": ("0.95 [0.50, 2.00]",), "LoRA": ("n/a",), "random rows": ("n/a",)}
+
+
 def test_benchmarks_with_intervals(result):
     assert rows_of(result, "benchmarks")["LoRA"] == ("−2.5 [−5.0, 0.0]",)
     assert rows_of(result, "benchmarks")["base, untrained"] == ("50.0 (chance 25)",)

@@ -21,6 +21,7 @@ from loki.evaluation.scores import Difference, ItemScores, compare
 from loki.results import Result, finite
 from loki.study.equal_score import SHARE, compare_at_equal_score, curve_of
 from loki.study.plan import BASE, Run, chosen_rate, screens
+from loki.study.relative import relative_scores
 from loki.study.run import HELD_OUT, held_out_loss
 from loki.study.settings import StudySettings
 
@@ -106,10 +107,12 @@ def collect(settings: StudySettings, results: Mapping[Run, Result]) -> Result:
         for name in settings.methods
         if (outcome := _outcome(settings, name, results, losses, base, above)) is not None
     ]
-    task = next(iter(base_task(settings, base)), None)
+    learned = learned_tasks(settings, base)
+    task = next(iter(learned), None)
     figures = {
         "title": settings.title,
         "task": task,
+        "tasks": learned,
         "base": {task: _measure(scores) for task, scores in base.items()},
         "above_chance": above,
         "at_chance": [task for task in asked if task not in above],
@@ -117,6 +120,7 @@ def collect(settings: StudySettings, results: Mapping[Run, Result]) -> Result:
         "hours": round(sum(_seconds(result) for result in results.values()) / 3600, 2),
         "methods": [outcome.as_dict() for outcome in outcomes],
         "equal_score": None if task is None else _equal_score(settings, results, losses, base, task),
+        "relative": _relative(settings, results, losses, learned),
     }
     values = settings.model_dump(mode="json", exclude={"data_dir", "device"})
     return Result("study", values, finite(figures), model=results[BASE].model)
@@ -127,7 +131,7 @@ def scores_of(result: Result) -> dict[str, ItemScores]:
     return _by_task(result.figures["scores"])
 
 
-def base_task(settings: StudySettings, base: Mapping[str, ItemScores]) -> Sequence[str]:
+def learned_tasks(settings: StudySettings, base: Mapping[str, ItemScores]) -> list[str]:
     """The tasks that are neither benchmarks nor texts: those that are learned, the main one first."""
     known = {HELD_OUT, *_benchmarks(settings)}
     return [task for task in base if task not in known and not task.endswith(TEXT_ENDINGS)]
@@ -177,6 +181,25 @@ def _equal_score(
         "methods": {
             name: {text: at.as_dict() for text, at in by_text.items()} for name, by_text in found.by_method.items()
         },
+    }
+
+
+def _relative(
+    settings: StudySettings, results: Mapping[Run, Result], losses: Mapping[Run, float], tasks: Sequence[str]
+) -> dict[str, Any] | None:
+    """Scores relative to full fine-tuning, as JSON; None where it has not run."""
+    by_method = {}
+    for name, method in settings.methods.items():
+        done = [scores_of(results[run]) for run in _whole_runs(settings, name, losses) if run in results]
+        if method.kind != "suppress" and done:
+            by_method[name] = {task: _together([scores[task] for scores in done]) for task in tasks if task in done[0]}
+    reference = next((name for name in by_method if settings.methods[name].kind == "full"), None)
+    if reference is None:
+        return None
+    found = relative_scores(reference, by_method, tasks)
+    return {
+        "reference": reference,
+        "methods": {name: {task: at.as_dict() for task, at in by_task.items()} for name, by_task in found.items()},
     }
 
 
@@ -239,15 +262,15 @@ def _outcome(
 
 def _scored(base: ItemScores | None, by_seed: Sequence[ItemScores]) -> Scored:
     """Mean over seeds, item by item, against the base; a divergence has no base but nothing."""
-    first = by_seed[0]
-    together = replace(first, scores=tuple(sum(part) / len(by_seed) for part in _by_item(by_seed)))
-    base = base or replace(first, scores=(0.0,) * len(first.ids))
-    return Scored(compare(base, together), tuple(scores.mean.value for scores in by_seed))
+    base = base or replace(by_seed[0], scores=(0.0,) * len(by_seed[0].ids))
+    return Scored(compare(base, _together(by_seed)), tuple(scores.mean.value for scores in by_seed))
 
 
-def _by_item(by_seed: Sequence[ItemScores]) -> list[list[float]]:
+def _together(by_seed: Sequence[ItemScores]) -> ItemScores:
+    """The mean over seeds of each item."""
     places = [dict(zip(scores.ids, scores.scores, strict=True)) for scores in by_seed]
-    return [[place[id_] for place in places] for id_ in by_seed[0].ids]
+    means = (sum(place[id_] for place in places) / len(places) for id_ in by_seed[0].ids)
+    return replace(by_seed[0], scores=tuple(means))
 
 
 def _measure(scores: ItemScores) -> dict[str, Any]:

@@ -19,6 +19,7 @@ READINGS = {
         "Forgetting is the relative loss over the benchmarks on which the base is above chance, as in the paper; "
         "losses only leaves out what was gained."
     ),
+    "tasks": "Means over items and seeds, in percent; ± is the standard deviation between seeds.",
     "benchmarks": "Points against the base, with 95 % bootstrap intervals over the same items.",
     "costs": "Medians over runs that may have shared the processors: compare them with each other only.",
     "equal-score": (
@@ -27,13 +28,19 @@ READINGS = {
         "bootstrap intervals over the task's items, the texts' windows and, where a method has several, its seeds; "
         "the same items and windows are drawn for all."
     ),
+    "relative": (
+        "Each score over that of full fine-tuning, with 95 % bootstrap intervals over the same items of both; n/a "
+        "where full fine-tuning gets nothing right."
+    ),
     "suppressed": "Nothing is trained here: the rows are set to zero, and what the model knew is asked again.",
 }
 HEADINGS = {
     "learned": "What was learned, and what was forgotten",
+    "tasks": "The task",
     "benchmarks": "Benchmarks",
     "costs": "What training costs",
     "equal-score": "Forgotten at an equal task score",
+    "relative": "Relative to full fine-tuning",
     "suppressed": "What rows hold",
 }
 

@@ -17,7 +17,8 @@ Method = Mapping[str, Any]
 
 
 def tables(result: Result) -> dict[str, Table]:
-    """All tables by their names: `learned`, `benchmarks`, `costs`; `equal-score` and `suppressed` where there is any.
+    """All tables by their names: `learned`, `tasks`, `benchmarks`, `costs`, and where there is any, `equal-score`,
+    `relative` and `suppressed`.
 
     Raises:
         ArtefactError: the result is not one of a study.
@@ -29,17 +30,25 @@ def tables(result: Result) -> dict[str, Table]:
     zeroed = [method for method in methods if method["kind"] == "suppress"]
     found = {
         "learned": _learned(result, trained),
+        "tasks": _tasks(result, trained),
         "benchmarks": _benchmarks(result, trained),
         "costs": _costs(trained),
     }
     if result.figures.get("equal_score") is not None:
         found["equal-score"] = _equal_score(result)
+    if result.figures.get("relative") is not None:
+        found["relative"] = _relative(result)
     return found | ({"suppressed": _suppressed(result, zeroed)} if zeroed else {})
 
 
 def texts_of(result: Result) -> list[str]:
     """The texts whose loss and divergence were measured."""
     return list(result.settings["evaluate"]["texts"])
+
+
+def _tasks_of(result: Result) -> list[str]:
+    """What was learned; results of earlier versions name the main task alone."""
+    return result.figures.get("tasks") or [result.figures["task"]]
 
 
 def _learned(result: Result, methods: Sequence[Method]) -> Table:
@@ -71,6 +80,15 @@ def _learned(result: Result, methods: Sequence[Method]) -> Table:
             ]
         )
     return _table("What was learned, and what was forgotten", head, rows)
+
+
+def _tasks(result: Result, methods: Sequence[Method]) -> Table:
+    """Each of the task's scores after training."""
+    names, base = _tasks_of(result), result.figures["base"]
+    rows = [["items", *(str(base[name]["count"]) for name in names)]]
+    rows.append([BASE_ROW, *(_number(base[name]["value"], 1) for name in names)])
+    rows += [[method["label"], *(_after(method["scores"].get(name), 1) for name in names)] for method in methods]
+    return _table("The task's scores, %", ["method", *names], rows)
 
 
 def _benchmarks(result: Result, methods: Sequence[Method]) -> Table:
@@ -123,6 +141,18 @@ def _equal_score(result: Result) -> Table:
         rows.append(cells)
     share = f"{100 * found['share']:g} %"
     return _table(f"Forgotten at {found['target']:.1f} % on the task, {share} of {reference}'s best", head, rows)
+
+
+def _relative(result: Result) -> Table:
+    """Scores as shares of full fine-tuning's."""
+    found, names = result.figures["relative"], _tasks_of(result)
+    methods = {method["name"]: method for method in result.figures["methods"]}
+    rows = []
+    for name, by_task in found["methods"].items():
+        cells = (by_task.get(task, {"value": None, "low": None, "high": None}) for task in names)
+        shown = [_measured(cell["value"], cell["low"], cell["high"], 2) for cell in cells]
+        rows.append([methods[name]["label"], *shown])
+    return _table(f"Scores relative to {methods[found['reference']]['label']}", ["method", *names], rows)
 
 
 def _suppressed(result: Result, methods: Sequence[Method]) -> Table:
