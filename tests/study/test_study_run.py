@@ -16,8 +16,9 @@ from loki.study.collect import collect, scaled_scores_of, scores_of
 from loki.study.conduct import Study
 from loki.study.forecast import forecast
 from loki.study.plan import BASE, Run
-from loki.study.run import Workplace, carry_out, held_out_loss
-from loki.study.settings import AnalysisSection, DamageSection, PreserveSection, load_study, smoke
+from loki.study.run import carry_out, held_out_loss
+from loki.study.settings import AnalysisSection, DamageSection, DialSection, PreserveSection, load_study, smoke
+from loki.study.training import Workplace
 
 LORA_TARGETS = 7
 
@@ -165,6 +166,21 @@ def test_a_whole_run_is_a_front(study, tmp_path, base_loss):
     assert whole["c4_kl"] == plain["c4_kl"]
     assert "scaled" not in done(scaled, tmp_path, "full", "screen").figures
     assert "scaled" not in done(scaled, tmp_path, "zeroed", "suppress").figures
+
+
+def test_parts_of_a_change_may_be_dialled(study, tmp_path):
+    """The whole run is the same; the part that is scored is another."""
+    evaluate = study.evaluate.model_copy(update={"scales": (0.5,)})
+    plain = study.model_copy(update={"evaluate": evaluate})
+    section = DialSection(by="rows", examples=2, text_tokens=60)
+    rows = study.methods["rows"].model_copy(update={"dial": section})
+    dialled = plain.model_copy(update={"methods": {"rows": rows}})
+    one, other = done(plain, tmp_path, "rows"), done(dialled, tmp_path, "rows")
+    assert scores_of(one) == scores_of(other)
+    (scaled,), half = scaled_scores_of(one).values(), scaled_scores_of(other)[0.5]
+    assert list(scaled) == list(half)
+    assert half["c4_kl"] != scaled["c4_kl"]
+    assert 0 < half["c4_kl"].mean.value < scores_of(one)["c4_kl"].mean.value
 
 
 def test_mixed_precision_is_in_effect(study, tmp_path):

@@ -39,6 +39,15 @@ def method(**changes):
             {"methods": method(kind="lora", rank=4, variant="pissa", preserve={})},
             "method 'm' takes no preserve: its base is not the model with its adapter off",
         ),
+        (
+            {"methods": method(dial={"by": "layers"})},
+            "method 'm' takes no dial by layers: LoKI does, and LoRA by layers",
+        ),
+        ({"methods": method(kind="lora", rank=4, dial={"by": "rows"})}, "method 'm' takes no dial by rows"),
+        (
+            {"methods": method(kind="lora", rank=4, variant="dora", dial={"by": "layers"})},
+            "method 'm' takes no dial by layers",
+        ),
         ({"methods": method(damage={"log": "a"})}, "method 'm' takes no damage: only LoKI without a rank does"),
         (
             {"methods": method(kind="loki", rows={"strategy": "random"}, damage={"log": "a"})},

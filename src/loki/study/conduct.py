@@ -20,8 +20,9 @@ from loki.provenance import require_writable_parent
 from loki.results import Result
 from loki.study.analyses import make_log
 from loki.study.plan import BASE, Run, num_runs, runs_to_come
-from loki.study.run import Workplace, carry_out, held_out_loss, same_run
+from loki.study.run import carry_out, held_out_loss, same_run
 from loki.study.settings import StudySettings
+from loki.study.training import Workplace
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,9 @@ from statistics import median
 from loki.results import Result
 from loki.study.conduct import Study
 from loki.study.plan import BASE, Run, num_runs, runs_by_phase
-from loki.study.run import Workplace, carry_out
+from loki.study.run import carry_out
 from loki.study.settings import RowsSection
+from loki.study.training import Workplace
 
 TIMED_STEPS = 3
 

@@ -135,6 +135,18 @@ class DamageSection(_Section):
     """Whether rows of more damage take smaller steps."""
 
 
+class DialSection(_Section):
+    """How parts of a change are chosen, on texts that are not scored; without it all of it is scaled alike."""
+
+    by: Literal["layers", "rows"]
+    """A scale for each layer, or some of the rows."""
+    texts: Literal["wikitext2", "c4"] = "c4"
+    examples: int = Field(default=30, ge=1)
+    """Of those that are held out."""
+    text_tokens: int = Field(default=3000, ge=1)
+    window: int = Field(default=256, ge=2)
+
+
 class MethodSection(_Section):
     """One method; what a kind does not know is refused."""
 
@@ -157,6 +169,8 @@ class MethodSection(_Section):
     """Of LoKI, and of LoRA where it leaves the base's weights alone."""
     damage: DamageSection | None = None
     """Of LoKI without a rank."""
+    dial: DialSection | None = None
+    """Of LoKI and of LoRA (by layers), whose `evaluate.scales` are then positions of this dial."""
 
     @property
     def logs(self) -> tuple[str, ...]:
@@ -189,6 +203,10 @@ class MethodSection(_Section):
                 raise InputError(f"method {name!r}: rows need a log unless their strategy is random, which takes none")
         if self.damage is not None and (self.kind != "loki" or self.rank):
             raise InputError(f"method {name!r} takes no damage: only LoKI without a rank does")
+        if self.dial is not None:
+            ways = {"loki": ("layers", "rows"), "lora": ("layers",) if self.variant in ("plain", "rslora") else ()}
+            if self.dial.by not in ways.get(self.kind, ()):
+                raise InputError(f"method {name!r} takes no dial by {self.dial.by}: LoKI does, and LoRA by layers")
         for log in self.logs:
             if log not in analyses:
                 raise InputError(
