@@ -209,6 +209,24 @@ def test_texts_are_preserved(tmp_path, model_dir, few_prompts):
         run_pipeline(settings)
 
 
+def test_the_texts_of_a_budget_are_checked_before_anything_starts(tmp_path, model_dir, few_prompts):
+    train = {"learning_rate": 0.01, "steps": 1, "budget": {"text": "nowhere.txt", "max_kl": 1.0}}
+    with pytest.raises(InputError, match=r"budget: text 'nowhere.txt' cannot be read"):
+        run_pipeline(make_settings(model_dir, tmp_path / "run", train=train))
+    assert not (tmp_path / "run").exists()
+
+
+def test_changed_texts_of_a_budget_are_noticed(tmp_path, model_dir, few_prompts):
+    (tmp_path / "t.txt").write_text("Water boils at 100 degrees.")
+    budget = {"text": str(tmp_path / "t.txt"), "max_kl": 1.0, "probe_accuracy": False}
+    train = {"examples": 4, "learning_rate": 0.01, "steps": 1, "budget": budget}
+    settings = make_settings(model_dir, tmp_path / "run", train=train)
+    run_pipeline(settings)
+    (tmp_path / "t.txt").write_text("Water freezes.")
+    with pytest.raises(ArtefactError, match=r"made with other settings \(data_files.*t.txt"):
+        run_pipeline(settings)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -69,8 +69,9 @@ def run_pipeline(
 def run_record(settings: RunSettings) -> dict[str, Any]:
     """What has to be equal for a directory to be this run's: settings, the model's weights, the data's content."""
     paths = [settings.train.data, settings.evaluate.completions]
-    if settings.train.preserve is not None and isinstance(settings.train.preserve.text, str):
-        paths.append(settings.train.preserve.text)
+    for anchor in (settings.train.budget, settings.train.preserve):
+        if anchor is not None and isinstance(anchor.text, str):
+            paths.append(anchor.text)
     return {
         "settings": settings.as_dict(),
         "model_files": _model_files(settings.model),
@@ -87,6 +88,8 @@ def _check_inputs(settings: RunSettings) -> None:
     config = load_config(settings.model, trust_remote_code=settings.trust_remote_code)
     shape_of_config(config)
     load_examples(settings.train.data, count=settings.train.examples, seed=settings.seed)
+    if settings.train.budget is not None:
+        settings.train.budget.budget()
     if settings.train.preserve is not None:
         preserve = settings.train.preserve.preserve()
         preserve.read_with(load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code))

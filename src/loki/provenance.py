@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 SAMPLES_PER_TENSOR = 1024
-VERSIONED_PACKAGES = ("loki-peft", "torch", "transformers", "peft", "trl")
+VERSIONED_PACKAGES = ("loki-peft", "torch", "transformers", "peft", "trl", "lm-eval")
 
 
 def versions() -> dict[str, str]:
