@@ -210,7 +210,7 @@ def test_texts_are_preserved(tmp_path, model_dir, few_prompts):
 
 
 def test_the_texts_of_a_budget_are_checked_before_anything_starts(tmp_path, model_dir, few_prompts):
-    train = {"learning_rate": 0.01, "steps": 1, "budget": {"text": "nowhere.txt", "max_kl": 1.0}}
+    train = {"examples": 4, "learning_rate": 0.01, "steps": 1, "budget": {"text": "nowhere.txt", "max_kl": 1.0}}
     with pytest.raises(InputError, match=r"budget: text 'nowhere.txt' cannot be read"):
         run_pipeline(make_settings(model_dir, tmp_path / "run", train=train))
     assert not (tmp_path / "run").exists()
