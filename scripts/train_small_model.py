@@ -4,7 +4,7 @@
 
 GPT-NeoX (the shape of Pythia): attention and FFN side by side, an FFN of two matrices with biases and GELU, no gate.
 Eight layers of 256 by 1,024 and a byte-level vocabulary of 4,096 that is trained on the same texts, 8.4 million weights
-in all. It reads the analysis half of WikiText-2 and C4, SciFact's abstracts, and instructions, 2.4 million tokens, once;
+in all. It reads the analysis half of WikiText-2 and C4, SciFact's abstracts, and instructions, 2.4 million tokens once;
 the other half of the two corpora stays unseen. Some fifteen minutes on one processor.
 """
 
