@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loki.errors import InputError
-from loki.reporting.fronts import Point, front, front_chart
+from loki.reporting.fronts import KEY_LINE, Point, front, front_chart
 
 
 def point(learned, forgotten, label="a"):
@@ -38,11 +38,14 @@ def test_a_front_rises_and_beats_all_others(pairs):
         )
 
 
-def test_the_chart_names_every_label_once():
-    points = [Point("LoKI", "loki", 10, 0.01), Point("LoKI", "loki", 12, 0.02), Point("LoRA", "other", 11, 0.1)]
+def test_the_key_names_every_label_once_and_the_most_learned_first():
+    """The number of a label stands at the best of its whole runs."""
+    points = [Point("LoRA", "other", 11, 0.1), Point("LoKI", "loki", 10, 0.01), Point("LoKI", "loki", 12, 0.02)]
     picture = front_chart(points, learned="task, %", forgotten="KL", title="Front")
     svg = picture.inline()
-    assert svg.count(">LoKI<") == svg.count(">LoRA<") == 1
+    assert svg.count(">1 \u25cf LoKI<") == svg.count(">2 \u25b2 LoRA<") == 1
+    numbers = {text.get_text(): text.xy for text in picture.figure.axes[0].texts}
+    assert numbers == {"1": (0.02, 12), "2": (0.1, 11)}
     assert "task, %" in svg
     assert 'aria-label="Front"' in svg
 
@@ -57,8 +60,16 @@ def test_points_of_a_run_are_joined_and_the_whole_is_named():
     assert lines[1] == lines[0] + 1
     path = figures[1].axes[0].lines[-1].get_xydata().tolist()
     assert path == [[0.005, 12.0], [0.01, 10.0]]
-    (label,) = (text for text in figures[1].axes[0].texts if text.get_text() == "LoKI")
-    assert label.xy == (0.01, 10)
+    (number,) = figures[1].axes[0].texts
+    assert number.xy == (0.01, 10)
+
+
+def test_long_labels_have_a_line_of_their_own():
+    def height(name):
+        points = [Point(f"{name} {number}", "loki", number, 1 + number) for number in range(4)]
+        return front_chart(points, learned="task", forgotten="KL", title="Front").height
+
+    assert height("a name that is too long to stand beside another") - height("short") == 2 * KEY_LINE
 
 
 def test_what_cannot_be_drawn_is_named():

@@ -13,6 +13,9 @@ FAMILIES = {"loki": ACCENT, "random": HIGH, "other": LOW}
 """Colours of the points: rows chosen by attribution, rows drawn at random, and other projects' methods."""
 MARKERS = {"loki": "o", "random": "s", "other": "^"}
 """Shapes say it too, to readers who do not see the colours."""
+SIGNS = {"loki": "\u25cf", "random": "\u25a0", "other": "\u25b2"}
+KEY_TOP, KEY_LINE, SHORT_LABEL = 392.0, 17.0, 36
+"""Where the key begins, how high its lines are, and how many letters stand beside each other even on a phone."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ def front(points: Sequence[Point]) -> list[Point]:
 def front_chart(points: Sequence[Point], *, learned: str, forgotten: str, title: str) -> Picture:
     """What was learned (upwards) against what was forgotten (to the right, logarithmic), with the front as a line.
 
-    `learned` and `forgotten` name the axes. Means of a label's points carry its name.
+    `learned` and `forgotten` name the axes. Each label has a number, at the best of its whole runs and in the key,
+    which goes from the most learned to the least.
 
     Raises:
         InputError: no point, or one that forgot nothing or less, which a logarithmic axis cannot show; matplotlib is
@@ -62,7 +66,13 @@ def front_chart(points: Sequence[Point], *, learned: str, forgotten: str, title:
         raise InputError(f"{odd.label!r} forgot {odd.forgotten:g}: a logarithmic axis takes what is above 0")
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    height, box = 380.0, (52.0, 34.0, WIDTH - 72.0, 290.0)
+    best_runs: dict[str, Point] = {}
+    for point in sorted(points, key=lambda point: point.learned, reverse=True):
+        if not point.is_part:
+            best_runs.setdefault(point.label, point)
+    columns = 2 if all(len(label) <= SHORT_LABEL for label in best_runs) else 1
+    lines = -(-len(best_runs) // columns)
+    height, box = KEY_TOP + lines * KEY_LINE, (52.0, 34.0, WIDTH - 72.0, 290.0)
     figure = new_figure(height)
     axes = new_axes(figure, box)
     axes.spines[["left", "bottom"]].set_visible(True)
@@ -99,23 +109,29 @@ def front_chart(points: Sequence[Point], *, learned: str, forgotten: str, title:
             linewidths=0,
             zorder=2,
         )
-    for label in dict.fromkeys(point.label for point in points):
-        named = [point for point in points if point.label == label and not point.is_part]
-        place = max(named, key=lambda point: point.learned)
+    for place, (label, point) in enumerate(best_runs.items()):
         axes.annotate(
-            label,
-            (place.forgotten, place.learned),
-            xytext=(5, 3),
+            str(place + 1),
+            (point.forgotten, point.learned),
+            xytext=(4, 3),
             textcoords="offset points",
             fontsize=8,
-            color=FAMILIES[place.family],
+            color=FAMILIES[point.family],
         )
-    axes.margins(x=0.16, y=0.1)
+        left = 12 + place // lines * WIDTH / columns
+        put_text(
+            figure,
+            left,
+            KEY_TOP + place % lines * KEY_LINE,
+            f"{place + 1} {SIGNS[point.family]} {label}",
+            color=FAMILIES[point.family],
+        )
+    axes.margins(x=0.06, y=0.1)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda value, _place: format_number(value, 1))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_locator(nice_ticks(5))
     put_text(figure, 4, 14, learned)
     put_text(figure, WIDTH - 4, 14, "line: the front", ha="right", alpha=0.8)
-    put_text(figure, box[0] + box[2], height - 8, f"{forgotten} (logarithmic)", ha="right")
+    put_text(figure, box[0] + box[2], KEY_TOP - 28, f"{forgotten} (logarithmic)", ha="right")
     return Picture(figure, height, title)

@@ -105,8 +105,8 @@ def _front_section(result: Result, text: str) -> Section:
     sentence = f"No run is better in both than these, from least to most forgotten on {text}: {', '.join(labels)}."
     reading = (
         "Each point is one run; up is better at the task, left is closer to the base. Small points are parts of the "
-        "same run's change, joined to the whole. Circles are rows chosen by attribution, squares rows drawn at random, "
-        "triangles other methods."
+        "same run's change, joined to the whole. Circles are rows chosen by a score, squares rows drawn at random, "
+        "triangles other methods; numbers are those of the key, which goes from the most learned to the least."
     )
     return Section(
         f"front-{text}",
