@@ -81,7 +81,8 @@ def carry_out(place: Workplace, run: Run) -> Result:
         rows = load_selection(method.rows, settings, place.folder, shape_of(model), run.seed)
         figures["num_suppressed_rows"] = _suppress(model, rows)
     elif method is not None:
-        model, part_of_change, figures = train_once(place, run, method, model, tokenizer, task)
+        trained = train_once(place, run, method, model, tokenizer, task)
+        model, part_of_change, figures = trained.model, trained.parts, dict(trained.figures)
     start = time.perf_counter()
     losses = completion_losses(model, tokenizer, task.held_out)
     ids = tuple(str(number) for number in range(len(losses)))

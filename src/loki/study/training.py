@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -50,6 +50,18 @@ class Workplace:
     threads: int | None = None
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What one training leaves."""
+
+    model: PreTrainedModel
+    """Merged, where its method can."""
+    parts: Parts | None
+    """Parts of its change, where they are dialled."""
+    figures: Mapping[str, Any]
+    """What it took."""
+
+
 def load_base(settings: StudySettings) -> PreTrainedModel:
     """The study's model, untrained."""
     return load_model(
@@ -64,8 +76,8 @@ def train_once(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
-) -> tuple[PreTrainedModel, Parts | None, dict[str, Any]]:
-    """The trained model, merged where its method can; parts of its change where it is dialled; what training took.
+) -> Trained:
+    """Train by one method.
 
     Raises:
         LokiError: data, positions or a model that cannot be used.
@@ -86,14 +98,8 @@ def train_once(
     )
     torch.manual_seed(run.seed)
     encoded = encode_examples(tokenizer, task.examples)
-    callbacks: list[TrainerCallback] = [clock := StepClock()]
-    if (anchor := method.preserve) is not None:
-        texts = [text.text for text in load_texts(anchor.texts, settings.data_dir, part="analysis")]
-        callbacks.append(PreservePredictions(texts, tokenizer=tokenizer, weight=anchor.weight, every=anchor.every))
-    if method.damage is not None:
-        damage_LD = mean_damage(log_path(place.folder, method.damage.log))
-        callbacks += [DamageAnchor(damage_LD, method.damage.anchor)] if method.damage.anchor else []
-        callbacks += [DamageRates(damage_LD)] if method.damage.rates else []
+    clock = StepClock()
+    callbacks = [clock, *_guards(place, method, tokenizer)]
     config = peft_config(method, _setup(place, run, method, model, tokenizer))
     with tempfile.TemporaryDirectory() as folder:
         args = trainer_arguments(chosen, Path(folder), run.learning_rate, on_cpu=model.device.type == "cpu")
@@ -128,7 +134,20 @@ def train_once(
     # weights go into a model that no trainer has seen.
     fresh = load_base(settings)
     fresh.load_state_dict(merged.state_dict())
-    return fresh, parts, figures
+    return Trained(fresh, parts, figures)
+
+
+def _guards(place: Workplace, method: MethodSection, tokenizer: PreTrainedTokenizerBase) -> list[TrainerCallback]:
+    """What holds the model back while it trains."""
+    found: list[TrainerCallback] = []
+    if (anchor := method.preserve) is not None:
+        texts = [text.text for text in load_texts(anchor.texts, place.settings.data_dir, part="analysis")]
+        found.append(PreservePredictions(texts, tokenizer=tokenizer, weight=anchor.weight, every=anchor.every))
+    if method.damage is not None:
+        damage_LD = mean_damage(log_path(place.folder, method.damage.log))
+        found += [DamageAnchor(damage_LD, method.damage.anchor)] if method.damage.anchor else []
+        found += [DamageRates(damage_LD)] if method.damage.rates else []
+    return found
 
 
 def _setup(
