@@ -68,6 +68,7 @@ def test_methods_at_one_score_by_hand():
     worse = curve([[[0] * 4, [100, 0, 0, 0]]], [[[0, 0], [0.1, 0.1]]])
     found = compare_at_equal_score({"lora": reference, "rows": other, "worse": worse}, "lora", WEIGHTS)
     assert found.target == 90
+    assert found.best == {"lora": 100, "rows": 100, "worse": 25}
     lora, rows = found.by_method["lora"]["wiki"], found.by_method["rows"]["wiki"]
     assert lora.forgotten == pytest.approx(0.9 * (0.4 + 3 * 0.8) / 4)
     assert rows.forgotten == pytest.approx(0.05 + 0.8 * 0.05)

@@ -172,15 +172,16 @@ def test_methods_at_an_equal_score_from_least_forgotten_to_those_that_do_not_rea
         "reference": "lora",
         "share": 0.9,
         "target": 27.72,
+        "best": {"rows": 31.26, "lora": 30.8, "drawn": 20.0},
         "methods": {"drawn": {"wiki": NOT_REACHED}, "lora": {"wiki": AT}, "rows": {"wiki": rare}},
     }
     table = tables(result)["equal-score"]
     assert table.caption == "Forgotten at 27.7 % on the task, 90 % of LoRA's best"
-    assert table.headings == ("method", "seeds", "wiki, KL", "wiki, times LoRA")
+    assert table.headings == ("method", "seeds", "best, %", "wiki, KL", "wiki, times LoRA")
     assert table.rows == (
-        ("LoKI", "2", "0.0010 [0.0100, n/a]", "0.50 [0.40, n/a]"),
-        ("LoRA", "2", "0.0123 [0.0100, 0.0200]", "0.50 [0.40, 0.60]"),
-        ("random rows", "2", "n/a", "n/a"),
+        ("LoKI", "2", "31.3", "0.0010 [0.0100, n/a]", "0.50 [0.40, n/a]"),
+        ("LoRA", "2", "30.8", "0.0123 [0.0100, 0.0200]", "0.50 [0.40, 0.60]"),
+        ("random rows", "2", "20.0", "n/a", "n/a"),
     )
     assert "Forgotten at an equal task score" in render_report(study_report(result))
 

@@ -178,6 +178,7 @@ def _equal_score(
         "reference": settings.reference,
         "share": SHARE,
         "target": found.target,
+        "best": dict(found.best),
         "methods": {
             name: {text: at.as_dict() for text, at in by_text.items()} for name, by_text in found.by_method.items()
         },

@@ -56,6 +56,8 @@ class EqualScore:
     """All methods at one task score."""
 
     target: float
+    best: Mapping[str, float]
+    """Of each method, over the points of the mean of its seeds."""
     by_method: Mapping[str, Mapping[str, AtTarget]]
     """By method and text."""
 
@@ -107,6 +109,7 @@ def compare_at_equal_score(
     }
     return EqualScore(
         float(targets_R[0]),
+        {name: float(found_RP[0].max()) for name, found_RP in learned_RP.items()},
         {
             name: {text: _with_interval(values_R, at[reference][text]) for text, values_R in found.items()}
             for name, found in at.items()

@@ -125,7 +125,9 @@ def _equal_score(result: Result) -> Table:
     found, texts = result.figures["equal_score"], texts_of(result)
     methods = {method["name"]: method for method in result.figures["methods"]}
     reference = methods[found["reference"]]["label"]
-    head = ["method", "seeds", *(f"{text}, {what}" for text in texts for what in ("KL", f"times {reference}"))]
+    head = ["method", "seeds", "best, %"]
+    head += [f"{text}, {what}" for text in texts for what in ("KL", f"times {reference}")]
+    best = found.get("best", {})
 
     def forgotten(name: str) -> float:
         value = found["methods"][name][texts[0]]["forgotten"]
@@ -133,7 +135,7 @@ def _equal_score(result: Result) -> Table:
 
     rows = []
     for name in sorted(found["methods"], key=forgotten):
-        cells = [methods[name]["label"], str(len(methods[name]["seeds"]))]
+        cells = [methods[name]["label"], str(len(methods[name]["seeds"])), _number(best.get(name), 1)]
         for text in texts:
             at = found["methods"][name][text]
             for what, digits in (("forgotten", 4), ("ratio", 2)):
