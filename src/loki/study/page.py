@@ -25,8 +25,8 @@ READINGS = {
     "equal-score": (
         "The target is a share of the reference's best score. Each method's curve goes from the base over parts of its "
         "change to the whole of it, and is read at the target by linear interpolation; n/a does not reach it, "
-        "best is the most that it reaches. 95 % bootstrap intervals over the task's items, the texts' windows and, where "
-        "a method has several, its seeds; the same items and windows are drawn for all."
+        "best is the most that it reaches. 95 % bootstrap intervals over the task's items, the texts' windows and, "
+        "where a method has several, its seeds; the same items and windows are drawn for all."
     ),
     "relative": (
         "Each score over that of full fine-tuning, with 95 % bootstrap intervals over the same items of both; n/a "
