@@ -6,11 +6,13 @@ import math
 
 import pytest
 import torch
+from peft import PeftModel
 from tiny import NUM_COLUMNS, NUM_LAYERS
 
 from loki.errors import ArtefactError, InputError
+from loki.evaluation.completions import completion_losses
 from loki.log.reader import AttributionLog
-from loki.models import load_model
+from loki.models import load_model, load_tokenizer
 from loki.study import tasks
 from loki.study.collect import collect, scaled_scores_of, scores_of
 from loki.study.conduct import Study
@@ -181,6 +183,25 @@ def test_parts_of_a_change_may_be_dialled(study, tmp_path):
     assert list(scaled) == list(half)
     assert half["c4_kl"] != scaled["c4_kl"]
     assert 0 < half["c4_kl"].mean.value < scores_of(one)["c4_kl"].mean.value
+
+
+@pytest.mark.parametrize(
+    ("method", "phase", "is_kept"), [("rows", "whole", True), ("rows", "screen", False), ("full", "whole", False)]
+)
+def test_adapters_of_whole_runs_are_kept(study, tmp_path, method, phase, is_kept):
+    kept = tmp_path / "adapters"
+    run = Run(method, phase, *study.methods[method].learning_rates)
+    (kept / run.id).mkdir(parents=True)  # as an interrupted run leaves it
+    (kept / run.id / "torn").touch()
+    found = scores_of(carry_out(Workplace(study, tmp_path, adapters=kept), run))
+    if not is_kept:
+        assert [path.name for path in (kept / run.id).iterdir()] == ["torn"]
+        return
+    assert not (kept / run.id / "torn").exists()
+    model = PeftModel.from_pretrained(load_model(study.model, dtype="float32"), kept / run.id).merge_and_unload()
+    task = tasks.load_task(study.task, study.data_dir, load_tokenizer(study.model))
+    losses = completion_losses(model, load_tokenizer(study.model), task.held_out)
+    assert tuple(losses) == found["held_out"].scores
 
 
 def test_mixed_precision_is_in_effect(study, tmp_path):

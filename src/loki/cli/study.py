@@ -27,6 +27,9 @@ def study(
     only: Annotated[list[str] | None, typer.Option(help="Run this method only; may be given several times.")] = None,
     workers: Annotated[int, typer.Option(help="Runs at the same time, each with its part of the processors.")] = 1,
     max_hours: Annotated[float | None, typer.Option(help="Begin no run after so many hours.")] = None,
+    keep_adapters: Annotated[
+        bool, typer.Option("--keep-adapters", help="Keep the adapters of whole runs, in the study's folder.")
+    ] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Say how many runs and hours are left, and stop.")] = False,
     smoke: Annotated[
         bool,
@@ -59,7 +62,7 @@ def study(
     folder = output_dir or Path("runs") / (f"{config.stem}-smoke" if smoke else config.stem)
     result = result or folder / "study.json"
     require_writable_parent(result)
-    work = Study(shrink(settings) if smoke else settings, folder, only or ())
+    work = Study(shrink(settings) if smoke else settings, folder, only or (), keep_adapters)
     if plan:
         typer.echo(_plan_line(forecast(work)))
         return

@@ -26,7 +26,7 @@ from loki.study.training import Workplace
 
 logger = logging.getLogger(__name__)
 
-RUNS_DIR, LOGS_DIR = "runs", "analyses"
+RUNS_DIR, LOGS_DIR, ADAPTERS_DIR = "runs", "analyses", "adapters"
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Study:
     folder: Path
     only: Sequence[str] = ()
     """Methods to run; empty is all."""
+    keep_adapters: bool = False
+    """Whether whole runs leave their adapters in the folder."""
     results: dict[Run, Result] = field(default_factory=dict)
     """Finished runs."""
     failed: dict[Run, str] = field(default_factory=dict)
@@ -101,7 +103,8 @@ class Study:
         start = time.monotonic()
         self._analyse(track)
         threads = None if workers is None else max(1, _num_processors() // workers)
-        place = Workplace(self.settings, self.folder / LOGS_DIR, threads)
+        adapters = self.folder / ADAPTERS_DIR if self.keep_adapters else None
+        place = Workplace(self.settings, self.folder / LOGS_DIR, threads, adapters)
         with _here() if workers is None else _pool(prepare) as submit:
             under_way: dict[Future[Result], tuple[Run, float]] = {}
             while True:

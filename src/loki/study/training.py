@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from loki.architecture import shape_of
 from loki.evaluation.text import load_texts
 from loki.models import load_model
 from loki.prompts.encoding import encode_prompt
+from loki.provenance import new_directory
 from loki.results import finite
 from loki.study.analyses import load_selection, log_path
 from loki.study.corpora import load_corpora
@@ -48,6 +50,8 @@ class Workplace:
     folder: Path
     """Of the attribution logs."""
     threads: int | None = None
+    adapters: Path | None = None
+    """Where whole runs leave their adapters; None keeps none."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,8 @@ def train_once(
         peak = peak_memory_mib()
         trained.save_pretrained(Path(folder) / "saved")
         saved_bytes = sum(path.stat().st_size for path in (Path(folder) / "saved").glob("*.safetensors"))
+        if place.adapters is not None and run.phase == "whole" and config is not None:
+            _keep(Path(folder) / "saved", place.adapters / run.id)
         parts = None
         if method.dial is not None and run.phase == "whole":
             read = load_texts(method.dial.texts, settings.data_dir, part="analysis")
@@ -135,6 +141,14 @@ def train_once(
     fresh = load_base(settings)
     fresh.load_state_dict(merged.state_dict())
     return Trained(fresh, parts, figures)
+
+
+def _keep(adapter: Path, kept: Path) -> None:
+    """Copy an adapter; one of a run that did not come to its end is replaced."""
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(kept, ignore_errors=True)
+    with new_directory(kept) as folder:
+        shutil.copytree(adapter, folder, dirs_exist_ok=True)
 
 
 def _guards(place: Workplace, method: MethodSection, tokenizer: PreTrainedTokenizerBase) -> list[TrainerCallback]:
