@@ -3,8 +3,8 @@
     loki study experiments/forgetting.yaml --data-dir data --keep-adapters --only random-q10-same-rate
     python benchmarks/expected_damage.py runs/forgetting/analyses/damage.h5 runs/forgetting/adapters/random-q10-*
 
-For each adapter: the size of its change, and the sum over rows of ½ d_j ‖Δ_j‖² / F nats a token (`docs/damage.md`), to be
-held against the divergence that the study measured.
+For each adapter: the size of its change, and the sum over rows of ½ d_j ‖Δ_j‖² / F nats a token (`docs/damage.md`), to
+be held against the divergence that the study measured.
 """
 
 from __future__ import annotations
