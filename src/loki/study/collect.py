@@ -239,7 +239,7 @@ def _outcome(
         )
     costs = {}
     for cost in COSTS:
-        values = [results[run].figures[cost] for run in done if results[run].figures.get(cost) is not None]
+        values = [value for run in done if (value := _cost(settings, results[run], cost)) is not None]
         if values:
             costs[cost] = median(values)
     return Outcome(
@@ -283,6 +283,15 @@ def _measure(scores: ItemScores) -> dict[str, Any]:
         "unit": mean.unit,
         "chance": scores.chance,
     }
+
+
+def _cost(settings: StudySettings, result: Result, cost: str) -> float | None:
+    """What one run took; steps are not alike where some of them do more, so their mean counts."""
+    if cost != "seconds_per_step":
+        found: float | None = result.figures.get(cost)
+        return found
+    seconds = result.figures.get("train_seconds")
+    return None if seconds is None else seconds / settings.train.steps
 
 
 def _seconds(result: Result) -> float:
