@@ -16,9 +16,9 @@ import numpy as np
 from safetensors.torch import load_file
 
 from loki.implanting.stored_rows import layer_number
+from loki.log.reader import AttributionLog
 from loki.provenance import read_json
 from loki.rows import RowSelection
-from loki.study.row_damage import mean_damage
 
 
 def expected(damage_LD: np.ndarray, adapter: Path) -> tuple[float, float]:
@@ -42,7 +42,8 @@ def main() -> None:
     parser.add_argument("log", type=Path)
     parser.add_argument("adapters", type=Path, nargs="+")
     chosen = parser.parse_args()
-    damage_LD = mean_damage(chosen.log)
+    with AttributionLog(chosen.log) as log:
+        damage_LD = log.mean_scores()
     for adapter in chosen.adapters:
         nats, norm = expected(damage_LD, adapter)
         print(f"{adapter.name}: {nats:.4f} nats expected, change of norm {norm:.1f}")

@@ -2,6 +2,7 @@
 
 import json
 
+import h5py
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,7 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from loki import pipeline, stages
 from loki.errors import ArtefactError, InputError
+from loki.log.schema import HEADER, LogHeader
+from loki.models import load_model
 from loki.pipeline import run_pipeline
+from loki.provenance import fingerprint_model
 from loki.results import Result
 from loki.run_settings import RunSettings
 
@@ -214,6 +218,29 @@ def test_the_texts_of_a_budget_are_checked_before_anything_starts(tmp_path, mode
     with pytest.raises(InputError, match=r"budget: text 'nowhere.txt' cannot be read"):
         run_pipeline(make_settings(model_dir, tmp_path / "run", train=train))
     assert not (tmp_path / "run").exists()
+
+
+def test_rows_take_steps_by_their_damage(tmp_path, model_dir, few_prompts):
+    log = tmp_path / "damage.h5"
+
+    def write_log(scale):
+        model = load_model(str(model_dir), dtype="float32")
+        header = LogHeader(fingerprint_model(model).as_dict(), "tiny", "texts", {"score": "damage"}, 3, 20)
+        with h5py.File(log, "w") as file:
+            file.create_dataset("dataset", data=scale * torch.rand(2, 3, 20).numpy(), chunks=(1, 3, 20))
+            file.attrs[HEADER] = json.dumps(header.as_dict())
+
+    train = {"examples": 4, "learning_rate": 0.01, "steps": 1, "row_rates": str(log)}
+    settings = make_settings(model_dir, tmp_path / "run", train=train)
+    with pytest.raises(ArtefactError, match=r"damage.h5 does not exist"):
+        run_pipeline(settings)
+    assert not (tmp_path / "run").exists()
+    write_log(1)
+    run_pipeline(settings)
+    assert "row_rates" in json.loads((tmp_path / "run/adapter/loki_training.json").read_text())
+    write_log(2)
+    with pytest.raises(ArtefactError, match=r"made with other settings \(data_files.*damage.h5"):
+        run_pipeline(settings)
 
 
 def test_changed_texts_of_a_budget_are_noticed(tmp_path, model_dir, few_prompts):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from loki.rows import RowSelection
     from loki.training.budget import ForgettingBudget
     from loki.training.preserve import PreservePredictions
+    from loki.training.row_rates import RowRates
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "LokiConfig",
     "LokiError",
     "PreservePredictions",
+    "RowRates",
     "RowSelection",
     "attribute",
     "create_loki_model",
@@ -45,6 +47,7 @@ _HOMES = {
     "LokiConfig": "loki.implanting.tuner",
     "LokiError": "loki.errors",
     "PreservePredictions": "loki.training.preserve",
+    "RowRates": "loki.training.row_rates",
     "RowSelection": "loki.rows",
     "attribute": "loki.analysis.attribution",
     "create_loki_model": "loki.implanting.convert",

@@ -68,7 +68,7 @@ def run_pipeline(
 
 def run_record(settings: RunSettings) -> dict[str, Any]:
     """What has to be equal for a directory to be this run's: settings, the model's weights, the data's content."""
-    paths = [settings.train.data, settings.evaluate.completions]
+    paths = [settings.train.data, settings.evaluate.completions, settings.train.row_rates]
     for anchor in (settings.train.budget, settings.train.preserve):
         if anchor is not None and isinstance(anchor.text, str):
             paths.append(anchor.text)
@@ -90,6 +90,10 @@ def _check_inputs(settings: RunSettings) -> None:
     load_examples(settings.train.data, count=settings.train.examples, seed=settings.seed)
     if settings.train.budget is not None:
         settings.train.budget.budget()
+    if settings.train.row_rates is not None:
+        from loki.training.row_rates import RowRates
+
+        RowRates(settings.train.row_rates)
     if settings.train.preserve is not None:
         preserve = settings.train.preserve.preserve()
         preserve.read_with(load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code))

@@ -72,6 +72,7 @@ class TrainSection(_Section):
     mixed_precision: bool = False
     budget: BudgetSection | None = None
     preserve: PreserveSection | None = None
+    row_rates: str | None = None
 
     def settings(self, seed: int) -> TrainSettings:
         """In the library's own form.
@@ -79,7 +80,9 @@ class TrainSection(_Section):
         Raises:
             InputError: a number that is not possible.
         """
-        return TrainSettings(seed=seed, **self.model_dump(exclude={"data", "examples", "budget", "preserve"}))
+        return TrainSettings(
+            seed=seed, **self.model_dump(exclude={"data", "examples", "budget", "preserve", "row_rates"})
+        )
 
 
 class MergeSection(_Section):

@@ -127,6 +127,8 @@ def select_stage(run: Run) -> Outcome:
 
 def train_stage(run: Run) -> Outcome:
     """Train the selected rows into `adapter/`."""
+    from loki.training.row_rates import RowRates
+
     chosen, seed = run.settings.train, run.settings.seed
     record = train(
         run.load_model(run.settings.model),
@@ -137,6 +139,7 @@ def train_stage(run: Run) -> Outcome:
         run.directory / ADAPTER_DIR,
         budget=None if chosen.budget is None else chosen.budget.budget(),
         preserve=None if chosen.preserve is None else chosen.preserve.preserve(),
+        row_rates=None if chosen.row_rates is None else RowRates(chosen.row_rates),
         track=run.track,
     )
     log = record["log"]

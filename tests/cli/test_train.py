@@ -112,6 +112,23 @@ def test_texts_are_preserved_and_the_cost_is_told(loki, settings, tmp_path):
     )
 
 
+def test_rows_take_steps_by_their_damage(loki, settings, tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"text": "Water boils at 100 degrees."}\n')
+    log = tmp_path / "damage.h5"
+    assert (
+        loki("analyse", settings["model"], "--score", "damage", "--dataset", tmp_path / "t.jsonl", "--output", log).code
+        == 0
+    )
+    assert loki("train", write(tmp_path, settings)).code == 0
+    assert loki("train", write(tmp_path, settings), "--row-rates", log, "--output-dir", tmp_path / "rates").code == 0
+    plain, scaled = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "rates"))
+    assert all(not torch.equal(plain[name], scaled[name]) for name in plain)
+    done = loki("train", write(tmp_path, settings), "--row-rates", tmp_path / "no.h5", "--output-dir", tmp_path / "b")
+    assert (done.code, done.out) == (2, "")
+    assert "no.h5 does not exist: make it with `loki analyse`" in done.err
+    assert not list(tmp_path.glob("b*"))
+
+
 def test_texts_are_checked_before_the_model_loads(loki, settings, tmp_path, monkeypatch):
     def fail(*_arguments, **_options):
         raise AssertionError("loaded")

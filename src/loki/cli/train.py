@@ -89,6 +89,14 @@ def train(
     preserve_weight: Annotated[
         float | None, typer.Option(help="Weight of the KL divergence from the base on them; 1 when left out.")
     ] = None,
+    row_rates: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="Scale each row's steps by the inverse root of its damage, from this log of `loki analyse --score "
+            "damage`.",
+        ),
+    ] = None,
     report_to: Annotated[
         ReporterName | None, typer.Option(help="Also write the figures to `tensorboard` in the adapter's folder.")
     ] = None,
@@ -130,6 +138,7 @@ def _run(path: Path | None, options: dict[str, object]) -> None:
     from loki.training.config import load_train_config
     from loki.training.examples import load_examples
     from loki.training.processes import is_first_process, process_device
+    from loki.training.row_rates import RowRates
     from loki.training.sft import train as run_training
 
     config = load_train_config(path, options)
@@ -138,6 +147,7 @@ def _run(path: Path | None, options: dict[str, object]) -> None:
     rows = load_examples(config.data, count=config.examples, seed=config.seed)
     budget = config.budget.budget() if config.budget else None
     preserve = config.preserve.preserve() if config.preserve else None
+    row_rates = RowRates(config.row_rates) if config.row_rates else None
     is_first = is_first_process()
     if is_first:
         require_new_directory(config.output_dir)
@@ -157,6 +167,7 @@ def _run(path: Path | None, options: dict[str, object]) -> None:
         *(base, tokenizer, selection, rows, settings, config.output_dir),
         budget=budget,
         preserve=preserve,
+        row_rates=row_rates,
         track=track,
     )
     if not is_first:

@@ -88,6 +88,17 @@ class AttributionLog:
                 self._read(start + first, buffer_NLD, scores_NLD[first : first + few])
             yield scores_NLD
 
+    def mean_scores(self) -> np.ndarray:
+        """Mean of each row's score over all prompts (L, D) float64.
+
+        Raises:
+            ArtefactError: as `chunks`.
+        """
+        total_LD = np.zeros((self.num_layers, self.num_rows))
+        for scores_NLD in self.chunks():
+            total_LD += scores_NLD.sum(axis=0, dtype=np.float64)
+        return total_LD / self.num_prompts
+
     def _read(self, start: int, buffer_NLD: np.ndarray | None, scores_NLD: np.ndarray) -> None:
         """Fill `scores_NLD` with those of prompt `start` and the ones after it, by way of a buffer to convert from."""
         stored_NLD = scores_NLD if buffer_NLD is None else buffer_NLD[: len(scores_NLD)]

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from loki.architecture import shape_of
 from loki.evaluation.text import load_texts
+from loki.log.reader import AttributionLog
 from loki.models import load_model
 from loki.prompts.encoding import encode_prompt
 from loki.provenance import new_directory
@@ -25,11 +26,12 @@ from loki.study.costs import StepClock, forget_peak_memory, peak_memory_mib
 from loki.study.dialled import dialled_parts
 from loki.study.methods import Setup, peft_config
 from loki.study.plan import Run
-from loki.study.row_damage import DamageAnchor, DamageRates, mean_damage
+from loki.study.row_damage import DamageAnchor
 from loki.study.settings import MethodSection, StudySettings
 from loki.study.tasks import Task
 from loki.training.encoding import encode_examples
 from loki.training.preserve import PreservePredictions
+from loki.training.row_rates import RowRates
 from loki.training.settings import TrainSettings
 from loki.training.sft import make_trainer, trainer_arguments
 
@@ -158,9 +160,12 @@ def _guards(place: Workplace, method: MethodSection, tokenizer: PreTrainedTokeni
         texts = [text.text for text in load_texts(anchor.texts, place.settings.data_dir, part="analysis")]
         found.append(PreservePredictions(texts, tokenizer=tokenizer, weight=anchor.weight, every=anchor.every))
     if method.damage is not None:
-        damage_LD = mean_damage(log_path(place.folder, method.damage.log))
-        found += [DamageAnchor(damage_LD, method.damage.anchor)] if method.damage.anchor else []
-        found += [DamageRates(damage_LD)] if method.damage.rates else []
+        path = log_path(place.folder, method.damage.log)
+        if method.damage.anchor:
+            with AttributionLog(path) as log:
+                found.append(DamageAnchor(log.mean_scores(), method.damage.anchor))
+        if method.damage.rates:
+            found.append(RowRates(path))
     return found
 
 

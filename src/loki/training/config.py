@@ -103,6 +103,7 @@ class TrainConfig(BaseModel):
     mixed_precision: bool = False
     budget: BudgetSection | None = None
     preserve: PreserveSection | None = None
+    row_rates: str | None = None
     seed: int = 0
     dtype: DtypeName = "auto"
     device: str | None = None

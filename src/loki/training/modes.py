@@ -16,6 +16,22 @@ if TYPE_CHECKING:
 BASE_KEEPING = (True, False, "gaussian", "orthogonal", "eva")
 """Initialisations of LoRA that leave the base's own weights alone; PiSSA, OLoRA, CorDA and LoftQ do not."""
 
+SHARDING = ("DEEPSPEED", "FSDP", "MEGATRON_LM")
+"""Ways to train in which weights are in parts, out of reach of what goes beyond the trainer's own step."""
+
+
+def require_unsharded(what: str) -> None:
+    """Make sure that the training under way keeps whole weights; `what` wants it.
+
+    Raises:
+        InputError: it shards them.
+    """
+    from accelerate.state import AcceleratorState
+
+    way = AcceleratorState().distributed_type.value
+    if way in SHARDING:
+        raise InputError(f"{what} does not work with {way}: train in one process or with DDP, or leave it out")
+
 
 def has_adapter(model: Any) -> bool:
     """Whether PEFT wraps the model, or `transformers` put an adapter into it."""

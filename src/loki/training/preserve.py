@@ -36,15 +36,13 @@ from loki.training.modes import (
     has_adapter,
     measuring,
     require_own_base,
+    require_unsharded,
     training_precision,
 )
 from loki.training.texts import read_texts, token_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer
-
-SHARDING = ("DEEPSPEED", "FSDP", "MEGATRON_LM")
-"""Ways to train in which a pass outside of the trainer's own would not reach the gradients."""
 
 
 class PreservePredictions(TrainerCallback):
@@ -172,11 +170,7 @@ class PreservePredictions(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start, or take up the history of an interrupted training."""
-        from accelerate.state import AcceleratorState
-
-        way = AcceleratorState().distributed_type.value
-        if way in SHARDING:
-            raise InputError(f"preserve does not work with {way}: train in one process or with DDP, or leave it out")
+        require_unsharded("preserve")
         self.require_pass_within(state.max_steps)
         self._prepare(**kwargs)
         self.history = self.rows_of(state.log_history)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from loki.training.budget import ForgettingBudget
     from loki.training.preserve import PreservePredictions
+    from loki.training.row_rates import RowRates
     from loki.training.trainer import CompletionTrainer
 
 TORCH_WRITER = ("PytorchStreamWriter", "inline_container")
@@ -57,14 +58,15 @@ def train(
     *,
     budget: ForgettingBudget | None = None,
     preserve: PreservePredictions | None = None,
+    row_rates: RowRates | None = None,
     track: Track = silent,
 ) -> dict[str, Any]:
     """Train the selected rows of `model` on examples (see `loki.training.examples`) and save the adapter in `output`.
 
     Returns the record that is saved beside it: settings, model fingerprint, trainable weights, the learning rate that
     the quota leads to, and the log, one row of `step`, `loss` and `learning_rate` for every `log_every` steps; with a
-    `budget` or `preserve` also its settings and history. `model` is wrapped in place. Under `accelerate launch` or
-    `torchrun` every process calls this, and the first one writes.
+    `budget` or `preserve` also its settings and history, with `row_rates` a digest of its scores. `model` is wrapped
+    in place. Under `accelerate launch` or `torchrun` every process calls this, and the first one writes.
 
     Raises:
         InputError: examples that cannot be encoded, a model that cannot keep packed ones apart or is not float32 where
@@ -96,13 +98,17 @@ def train(
     summary_writer = _summary_writer() if settings.report_to == "tensorboard" else None
     unfinished = output.with_name(output.name + UNFINISHED)
     args = trainer_arguments(settings, unfinished, peak, on_cpu=model.device.type == "cpu")
+    fingerprint = fingerprint_model(model)
+    if row_rates is not None:
+        row_rates.require_made_with(fingerprint)
     identity = {
-        "model": fingerprint_model(model).as_dict(),
+        "model": fingerprint.as_dict(),
         "positions": digest(selection.as_lists()),
         "examples": digest([dict(example) for example in examples]),
         "settings": asdict(settings),
         **({} if budget is None else {"budget": budget.as_dict()}),
         **({} if preserve is None else {"preserve": preserve.as_dict()}),
+        **({} if row_rates is None else {"row_rates": row_rates.as_dict()}),
     }
     with args.main_process_first(local=False):
         if args.process_index == 0:
@@ -118,7 +124,7 @@ def train(
         peft_config=LokiConfig(
             positions=selection, r=settings.rank, lora_alpha=settings.lora_alpha, task_type="CAUSAL_LM"
         ),
-        callbacks=[callback for callback in (preserve, budget, shown) if callback is not None],
+        callbacks=[callback for callback in (preserve, row_rates, budget, shown) if callback is not None],
     )
     stopped = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / STATE_FILE))
     num_done = 0 if stopped is None else stopped.global_step
