@@ -40,7 +40,7 @@ SETTINGS = TrainSettings(
 @pytest.fixture(autouse=True)
 def accelerator():
     """A trainer has made one before training begins."""
-    Accelerator(cpu=True)
+    Accelerator()
 
 
 @pytest.fixture
