@@ -14,7 +14,7 @@ FAMILIES = {"loki": ACCENT, "random": HIGH, "other": LOW}
 MARKERS = {"loki": "o", "random": "s", "other": "^"}
 """Shapes say it too, to readers who do not see the colours."""
 SIGNS = {"loki": "\u25cf", "random": "\u25a0", "other": "\u25b2"}
-KEY_TOP, KEY_LINE, SHORT_LABEL = 392.0, 17.0, 36
+KEY_TOP, KEY_LINE, SHORT_LABEL = 392.0, 17.0, 38
 """Where the key begins, how high its lines are, and how many letters stand beside each other even on a phone."""
 
 
