@@ -313,3 +313,14 @@ def test_a_refused_log_is_closed(path):
         AttributionLog(path)
     with h5py.File(path, "r+"):  # HDF5 refuses this while the file is open elsewhere
         assert caught.tb is not None  # the traceback keeps alive whatever was not closed
+
+
+def test_the_mean_is_over_all_prompts(tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "CHUNK_BYTES", 1)  # a prompt at a time
+    scores = np.random.default_rng(1).random((5, 3, 20), dtype=np.float32)
+    with h5py.File(tmp_path / "d.h5", "w") as file:
+        file.create_dataset("dataset", data=scores, chunks=(2, 3, 20))
+    with AttributionLog(tmp_path / "d.h5") as log:
+        found = log.mean_scores()
+    assert found.dtype == np.float64
+    assert found == pytest.approx(scores.mean(axis=0), rel=1e-6)
