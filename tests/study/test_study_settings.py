@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from loki.analysis.settings import RowScoreSettings
 from loki.errors import InputError
-from loki.study.settings import load_study
+from loki.study.settings import load_study, smoke
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
@@ -79,3 +80,16 @@ def test_our_own_studies_are_possible(path, tmp_path):
     settings = load_study(path, data_dir=tmp_path)
     assert settings.data_dir == tmp_path
     assert "data_dir" in yaml.safe_load(path.read_text())
+
+
+def test_a_smoke_of_any_score_and_of_a_dial_is_possible(write_study):
+    analyses = {
+        "damage": {"corpora": ["c4"], "num_prompts": 300, "score": "damage"},
+        "kva": {"corpora": ["mmlu"], "num_prompts": 400},
+    }
+    rows = method(kind="loki", rows={"quota": 10, "log": "damage"}, dial={"by": "rows"})
+    small = smoke(load_study(write_study(analyses=analyses, methods=rows)))
+    assert small.analyses["damage"].settings() == RowScoreSettings("damage")
+    assert small.analyses["kva"].settings().steps == 2
+    assert [analysis.num_prompts for analysis in small.analyses.values()] == [2, 2]
+    assert small.methods["m"].dial.text_tokens == 64

@@ -262,7 +262,16 @@ def load_study(path: Path, *, data_dir: Path | None = None) -> StudySettings:
 
 def smoke(settings: StudySettings) -> StudySettings:
     """The same study with next to nothing in it: every part of it runs, and no figure means anything."""
-    short = {"learning_rates": 1, "seeds": 1}
+
+    def little_of(analysis: AnalysisSection) -> AnalysisSection:
+        # What is not KVA has no steps.
+        return analysis.model_copy(update={"num_prompts": 2} | ({"steps": 2} if analysis.score == "kva" else {}))
+
+    def little(method: MethodSection) -> MethodSection:
+        dial = method.dial and method.dial.model_copy(update={"text_tokens": 64})
+        first = {"learning_rates": method.learning_rates[:1], "seeds": method.seeds[:1]}
+        return method.model_copy(update={**first, "dial": dial})
+
     return settings.model_copy(
         update={
             "task": settings.task.model_copy(update={"examples": 4, "held_out": 2, "requests": 2, "max_new_tokens": 4}),
@@ -272,13 +281,7 @@ def smoke(settings: StudySettings) -> StudySettings:
             "evaluate": settings.evaluate.model_copy(
                 update={"limit": 2, "texts": dict.fromkeys(settings.evaluate.texts, 64)}
             ),
-            "analyses": {
-                name: analysis.model_copy(update={"num_prompts": 2, "steps": 2})
-                for name, analysis in settings.analyses.items()
-            },
-            "methods": {
-                name: method.model_copy(update={field: getattr(method, field)[:n] for field, n in short.items()})
-                for name, method in settings.methods.items()
-            },
+            "analyses": {name: little_of(analysis) for name, analysis in settings.analyses.items()},
+            "methods": {name: little(method) for name, method in settings.methods.items()},
         }
     )
