@@ -1,7 +1,7 @@
 """How far a trained LoKI adapter should have moved predictions, by the damage of its rows, were its changes random.
 
-    loki study experiments/forgetting.yaml --data-dir data --keep-adapters --only random-q10-same-rate
-    python benchmarks/expected_damage.py runs/forgetting/analyses/damage.h5 runs/forgetting/adapters/random-q10-*
+    loki study experiments/forgetting.yaml --data-dir data --keep-adapters --only random-q10-same-rate --only damage-q10
+    python benchmarks/expected_damage.py runs/forgetting/analyses/damage.h5 runs/forgetting/adapters/*
 
 For each adapter: the size of its change, and the sum over rows of ½ d_j ‖Δ_j‖² / F nats a token (`docs/damage.md`), to
 be held against the divergence that the study measured.
