@@ -14,8 +14,9 @@ from loki.evaluation.completions import completion_losses
 from loki.log.reader import AttributionLog
 from loki.models import load_model, load_tokenizer
 from loki.study import tasks
-from loki.study.collect import collect, scaled_scores_of, scores_of
+from loki.study.collect import collect
 from loki.study.conduct import Study
+from loki.study.finished import scaled_scores_of, scores_of
 from loki.study.forecast import forecast
 from loki.study.plan import BASE, Run
 from loki.study.run import carry_out, held_out_loss
