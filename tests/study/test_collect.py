@@ -172,3 +172,28 @@ def test_scores_are_told_relative_to_full_fine_tuning(settings, results):
 def test_nothing_is_relative_to_full_fine_tuning_that_has_not_run(settings, results):
     kept = {run: result for run, result in results.items() if run.method != "full"}
     assert collect(settings, kept).figures["relative"] is None
+
+
+def test_pairs_are_compared_over_the_seeds_that_both_have(settings, results):
+    """Of `full` seeds 0 and 1 are done, of `rows` only seed 0, twice as far from the base."""
+    part = [scores("calls", [1, 0, 0, 0]), scores("wiki_kl", [0.1, 0.1], **LOSS)]
+    for run, result in results.items():
+        if run.phase == "whole":
+            result.figures["scaled"] = [{"scale": 0.5, "scores": [finite(score.as_dict()) for score in part]}]
+    result = results[Run("full", "whole", 1e-3, 0)]
+    far = [
+        {**score, "scores": [2 * value for value in score["scores"]]} if score["task"] == "wiki_kl" else score
+        for score in result.figures["scores"]
+    ]
+    results[Run("rows", "whole", 1e-3, 0)] = Result("study-run", {}, {**result.figures, "scores": far})
+    rows = settings.methods["rows"].model_copy(update={"learning_rates": (1e-3,), "seeds": (0, 1)})
+    settings = settings.model_copy(
+        update={"methods": {**settings.methods, "rows": rows}, "pairs": (("rows", "full"), ("full", "full"))}
+    )
+    pair, same = collect(settings, results).figures["pairs"]
+    assert (pair["method"], pair["against"], pair["seeds"], same["seeds"]) == ("rows", "full", [0], [0, 1])
+    assert pair["forgotten_ratio"]["wiki"] == {"value": 2.0, "low": 2.0, "high": 2.0}
+    assert pair["learned"] == pair["held_out"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    del results[Run("full", "whole", 1e-3, 0)]
+    (same,) = collect(settings, results).figures["pairs"]
+    assert (same["method"], same["seeds"]) == ("full", [1])

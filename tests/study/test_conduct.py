@@ -117,6 +117,8 @@ def test_identity_of_a_run_is_what_decides_its_figures(settings, write_study):
     assert known["method"]["rows"] == {"strategy": "random"}
     longer = load_study(write_study(train={"steps": 8, "screen_steps": 3}))
     assert identity(longer, run) == known
+    compared = load_study(write_study(reference="full", pairs=[["rows", "full"]]))
+    assert identity(compared, run) == known
     assert identity(settings, Run("rows", "whole", 1e-3, 4)) != known
 
 

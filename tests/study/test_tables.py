@@ -103,6 +103,42 @@ def test_every_score_of_the_task(result):
     assert found["LoKI"] == ("31.3 ± 1.8", "–")
 
 
+def test_pairs_of_methods(result):
+    assert "pairs" not in tables(result)
+
+    def estimate(*values):
+        return dict(zip(("value", "low", "high"), values, strict=True))
+
+    result.figures["pairs"] = [
+        {
+            "method": "rows",
+            "against": "drawn",
+            "seeds": [0, 1],
+            "learned": estimate(5.06, -1.0, 11.0),
+            "learned_at_equal_divergence": {"wiki": estimate(None, None, None)},
+            "held_out": estimate(-0.0041, -0.01, 0.0021),
+            "forgotten_ratio": {"wiki": estimate(1.234, 1.0, 1.5)},
+        }
+    ]
+    assert tables(result)["pairs"].headings[3:] == (
+        "task, points",
+        "at equal wiki KL",
+        "held-out loss",
+        "wiki KL, times",
+    )
+    assert rows_of(result, "pairs") == {
+        "LoKI": (
+            "random rows",
+            "2",
+            "+5.1 [−1.0, +11.0]",
+            "n/a",
+            "−0.004 [−0.010, +0.002]",
+            "1.23 [1.00, 1.50]",
+        )
+    }
+    assert "One thing changed" in render_report(study_report(result))
+
+
 def test_scores_relative_to_full_fine_tuning(result):
     assert "relative" not in tables(result)
     found = {

@@ -14,7 +14,7 @@ from typing import Any
 from loki.evaluation.forgetting import forgetting
 from loki.evaluation.scores import Difference, ItemScores, compare
 from loki.results import Result, finite
-from loki.study.comparisons import equal_score, relative
+from loki.study.comparisons import equal_score, pairs, relative
 from loki.study.finished import FinishedRuns, scaled_scores_of, scores_of, together
 from loki.study.plan import BASE, Run, screens
 from loki.study.settings import StudySettings
@@ -103,6 +103,7 @@ def collect(settings: StudySettings, results: Mapping[Run, Result]) -> Result:
         "hours": round(sum(_seconds(result) for result in results.values()) / 3600, 2),
         "methods": [_outcome(found, name, above).as_dict() for name in settings.methods if found.of(name)],
         "equal_score": equal_score(found),
+        "pairs": pairs(found),
         "relative": relative(found),
     }
     values = settings.model_dump(mode="json", exclude={"data_dir", "device"})

@@ -8,8 +8,10 @@ import numpy as np
 
 from loki.study.equal_score import SHARE, Curve, compare_at_equal_score, curve_of
 from loki.study.finished import FinishedRuns, points_of, scores_of, together
+from loki.study.pairs import compare_pair
 from loki.study.plan import Run
 from loki.study.relative import relative_scores
+from loki.study.run import HELD_OUT
 
 
 def equal_score(found: FinishedRuns) -> dict[str, Any] | None:
@@ -46,6 +48,24 @@ def relative(found: FinishedRuns) -> dict[str, Any] | None:
         "reference": reference,
         "methods": {name: {task: at.as_dict() for task, at in by_task.items()} for name, by_task in shares.items()},
     }
+
+
+def pairs(found: FinishedRuns) -> list[dict[str, Any]]:
+    """The pairs of methods that the settings name and that have run with a seed in common."""
+    compared = []
+    for names in found.settings.pairs:
+        runs = [{run.seed: run for run in found.of(name)} for name in names]
+        seeds = [seed for seed in runs[0] if seed in runs[1]]
+        curves = [_curve(found, [by_seed[seed] for seed in seeds]) for by_seed in runs] if seeds else []
+        one, other = curves or (None, None)
+        if one is None or other is None or one.learned_SPN.shape != other.learned_SPN.shape:
+            continue
+        lost = [
+            np.array([scores_of(found.results[by_seed[seed]])[HELD_OUT].scores for seed in seeds]) for by_seed in runs
+        ]
+        pair = compare_pair(one, other, (lost[0], lost[1]), _weights(found))
+        compared.append({"method": names[0], "against": names[1], "seeds": seeds, **pair.as_dict()})
+    return compared
 
 
 def _curve(found: FinishedRuns, done: list[Run]) -> Curve | None:

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from loki.errors import InputError
-from loki.evaluation.scores import CONFIDENCE, ItemScores
+from loki.evaluation.scores import ItemScores
+from loki.study.resampling import alike, ends, means, resampled
 
 SHARE = 0.9
 """Of the reference's best task score."""
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -87,22 +87,22 @@ def compare_at_equal_score(
 ) -> EqualScore:
     """Forgetting of every method at `SHARE` of the reference's best score, with bootstrap intervals.
 
-    Items of the task, windows of each text and seeds are drawn anew `RESAMPLES` times, the same items and windows for
+    Items of the task, windows of each text and seeds are drawn anew many times, the same items and windows for
     all methods, so that differences are paired; the target is found anew each time. Where a method does not reach
     the target its forgetting is infinite, also as the end of an interval.
     """
     draw = np.random.default_rng(seed)
     num_items = curves[reference].learned_SPN.shape[2]
-    items_RN = _resampled(draw, np.full(num_items, 1 / num_items))
-    windows_RM = {text: _resampled(draw, weights / weights.sum()) for text, weights in weights_M.items()}
+    items_RN = alike(draw, num_items)
+    windows_RM = {text: resampled(draw, weights / weights.sum()) for text, weights in weights_M.items()}
     most_seeds = max(curve.learned_SPN.shape[0] for curve in curves.values())
     # Seeds of the same number order the examples alike, so methods with as many seeds draw the same ones.
-    seeds_R = {n: _resampled(draw, np.full(n, 1 / n)) for n in range(1, most_seeds + 1)}
-    learned_RP = {name: _means(curve.learned_SPN, items_RN, seeds_R) for name, curve in curves.items()}
+    seeds_R = {n: alike(draw, n) for n in range(1, most_seeds + 1)}
+    learned_RP = {name: means(curve.learned_SPN, items_RN, seeds_R) for name, curve in curves.items()}
     targets_R = SHARE * learned_RP[reference].max(axis=1)
     at = {
         name: {
-            text: forgotten_at(targets_R, learned_RP[name], _means(values_SPM, windows_RM[text], seeds_R))
+            text: forgotten_at(targets_R, learned_RP[name], means(values_SPM, windows_RM[text], seeds_R))
             for text, values_SPM in curve.forgotten_SPM.items()
         }
         for name, curve in curves.items()
@@ -138,34 +138,11 @@ def forgotten_at(targets_R: np.ndarray, learned_RP: np.ndarray, forgotten_RP: np
     return found_R
 
 
-def _means(values_SPN: np.ndarray, items_RN: np.ndarray, seeds_R: Mapping[int, np.ndarray]) -> np.ndarray:
-    """Means over items and seeds (R, P) under R weightings of both."""
-    by_seed_RSP = np.einsum("rn,spn->rsp", items_RN, values_SPN, optimize=True)
-    means_RP: np.ndarray = np.einsum("rs,rsp->rp", seeds_R[values_SPN.shape[0]], by_seed_RSP)
-    return means_RP
-
-
-def _resampled(draw: np.random.Generator, weights_N: np.ndarray) -> np.ndarray:
-    """Weights (1 + R, N) that sum to 1: first as they are, then with items drawn with replacement."""
-    n = len(weights_N)
-    counts_RN = draw.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) * weights_N
-    return np.concatenate([weights_N[None], counts_RN / counts_RN.sum(axis=1, keepdims=True)])
-
-
 def _with_interval(values_R: np.ndarray, reference_R: np.ndarray) -> AtTarget:
     """The first entry is the estimate, the others are resamples."""
     with np.errstate(invalid="ignore", divide="ignore"):
         ratios_R = np.where(np.isinf(reference_R), math.nan, values_R / reference_R)
-    return AtTarget(float(values_R[0]), *_ends(values_R[1:]), float(ratios_R[0]), *_ends(ratios_R[1:]))
-
-
-def _ends(values_R: np.ndarray) -> tuple[float, float]:
-    """Percentile interval, in which infinity is a value like any other; nan is left out."""
-    known = np.sort(values_R[~np.isnan(values_R)])
-    if len(known) == 0:
-        return math.nan, math.nan
-    tail = (1 - CONFIDENCE) / 2
-    return float(known[int(tail * (len(known) - 1))]), float(known[math.ceil((1 - tail) * (len(known) - 1))])
+    return AtTarget(float(values_R[0]), *ends(values_R[1:]), float(ratios_R[0]), *ends(ratios_R[1:]))
 
 
 def _in_order(scores: ItemScores, ids: Sequence[str]) -> np.ndarray:

@@ -28,6 +28,13 @@ READINGS = {
         "best is the most that it reaches. 95 % bootstrap intervals over the task's items, the texts' windows and, "
         "where a method has several, its seeds; the same items and windows are drawn for all."
     ),
+    "pairs": (
+        "One method minus another, or times it, over the seeds that both have. Points of the task are means over the "
+        "parts of the change and the whole, and at an equal divergence means over the divergences that both curves "
+        "reach; n/a where there are none. Loss is that of held-out examples, divergence that of the whole change. 95 % "
+        "bootstrap intervals over the same items, windows and seeds of both; of one seed they leave out how much "
+        "seeds differ."
+    ),
     "relative": (
         "Each score over that of full fine-tuning, with 95 % bootstrap intervals over the same items of both; n/a "
         "where full fine-tuning gets nothing right."
@@ -40,6 +47,7 @@ HEADINGS = {
     "benchmarks": "Benchmarks",
     "costs": "What training costs",
     "equal-score": "Forgotten at an equal task score",
+    "pairs": "One thing changed",
     "relative": "Relative to full fine-tuning",
     "suppressed": "What rows hold",
 }

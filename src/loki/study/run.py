@@ -41,7 +41,7 @@ def identity(settings: StudySettings, run: Run) -> dict[str, Any]:
     Settings at their defaults are left out, so that a new one does not disown what was finished without it.
     """
     dump = partial(BaseModel.model_dump, mode="json", exclude_defaults=True)
-    shared = dump(settings, exclude={"title", "data_dir", "analyses", "methods", "device", "reference"})
+    shared = dump(settings, exclude={"title", "data_dir", "analyses", "methods", "device", "reference", "pairs"})
     method = settings.methods.get(run.method)
     analyses = {}
     if method is not None:

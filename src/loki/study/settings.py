@@ -230,6 +230,8 @@ class StudySettings(_Section):
     methods: Mapping[Name, MethodSection]
     reference: Name | None = None
     """The method whose best task score sets the score at which all are compared; None compares at none."""
+    pairs: tuple[tuple[Name, Name], ...] = ()
+    """Methods that differ in one thing, and are compared seed by seed: one, and the other that it is measured by."""
 
 
 def load_study(path: Path, *, data_dir: Path | None = None) -> StudySettings:
@@ -253,6 +255,9 @@ def load_study(path: Path, *, data_dir: Path | None = None) -> StudySettings:
         method.require_whole(name, list(settings.analyses))
     if settings.reference is not None and settings.reference not in settings.methods:
         raise InputError(f"study {path}: reference {settings.reference!r} is none of its methods: name one of them")
+    for name in (name for pair in settings.pairs for name in pair):
+        if name not in settings.methods or settings.methods[name].kind == "suppress":
+            raise InputError(f"study {path}: pairs names {name!r}: name two methods that are trained")
     if list(settings.evaluate.scales) != sorted(set(settings.evaluate.scales)):
         raise InputError(f"study {path}: scales must ascend, not {list(settings.evaluate.scales)}")
     if not settings.data_dir.is_dir():

@@ -18,7 +18,7 @@ Method = Mapping[str, Any]
 
 def tables(result: Result) -> dict[str, Table]:
     """All tables by their names: `learned`, `tasks`, `benchmarks`, `costs`, and where there is any, `equal-score`,
-    `relative` and `suppressed`.
+    `pairs`, `relative` and `suppressed`.
 
     Raises:
         ArtefactError: the result is not one of a study.
@@ -36,6 +36,8 @@ def tables(result: Result) -> dict[str, Table]:
     }
     if result.figures.get("equal_score") is not None:
         found["equal-score"] = _equal_score(result)
+    if result.figures.get("pairs"):
+        found["pairs"] = _pairs(result)
     if result.figures.get("relative") is not None:
         found["relative"] = _relative(result)
     return found | ({"suppressed": _suppressed(result, zeroed)} if zeroed else {})
@@ -145,6 +147,33 @@ def _equal_score(result: Result) -> Table:
     return _table(f"Forgotten at {found['target']:.1f} % on the task, {share} of {reference}'s best", head, rows)
 
 
+def _pairs(result: Result) -> Table:
+    """Pairs of methods that differ in one thing."""
+    labels = {method["name"]: method["label"] for method in result.figures["methods"]}
+    texts = texts_of(result)
+    head = ["method", "against", "seeds", "task, points", f"at equal {texts[0]} KL", "held-out loss"]
+    rows = []
+    for pair in result.figures["pairs"]:
+        equal = pair["learned_at_equal_divergence"][texts[0]]
+        ratios = (pair["forgotten_ratio"][text] for text in texts)
+        rows.append(
+            [
+                labels[pair["method"]],
+                labels[pair["against"]],
+                str(len(pair["seeds"])),
+                _measured(*_ends(pair["learned"]), 1, signed=True),
+                _measured(*_ends(equal), 1, signed=True),
+                _measured(*_ends(pair["held_out"]), 3, signed=True),
+                *(_measured(*_ends(ratio), 2) for ratio in ratios),
+            ]
+        )
+    return _table("Methods that differ in one thing", [*head, *(f"{text} KL, times" for text in texts)], rows)
+
+
+def _ends(estimate: Mapping[str, float | None]) -> tuple[float | None, float | None, float | None]:
+    return estimate["value"], estimate["low"], estimate["high"]
+
+
 def _relative(result: Result) -> Table:
     """Scores as shares of full fine-tuning's."""
     found, names = result.figures["relative"], _tasks_of(result)
@@ -191,12 +220,12 @@ def _change(scored: Mapping[str, Any] | None, digits: int) -> str:
     return f"{_number(scored['change'], digits, signed=True)} [{low}, {high}]"
 
 
-def _measured(value: float | None, low: float | None, high: float | None, digits: int) -> str:
+def _measured(value: float | None, low: float | None, high: float | None, digits: int, *, signed: bool = False) -> str:
     """A value with its interval, of which an end may be out of reach."""
     if value is None:
         return "n/a"
-    ends = ("n/a" if end is None else _number(end, digits) for end in (low, high))
-    return f"{_number(value, digits)} [{', '.join(ends)}]"
+    ends = ("n/a" if end is None else _number(end, digits, signed=signed) for end in (low, high))
+    return f"{_number(value, digits, signed=signed)} [{', '.join(ends)}]"
 
 
 def _number(value: float | None, digits: int, *, signed: bool = False) -> str:

@@ -1,0 +1,106 @@
+import math
+
+import numpy as np
+import pytest
+
+from loki.study.equal_score import Curve
+from loki.study.pairs import compare_pair, mean_gain
+
+WEIGHTS = {"wiki": np.array([1.0, 3.0])}
+
+
+def curve(learned_SPN, forgotten_SPM):
+    return Curve(np.array(learned_SPN, dtype=float), {"wiki": np.array(forgotten_SPM, dtype=float)})
+
+
+def gain(one, other):
+    return mean_gain(*(np.array(values, dtype=float) for values in (*one, *other)))
+
+
+def test_two_curves_by_hand():
+    """Over 0.1 to 0.4 nats, two doublings, one curve rises from 10 to 30 and the other stays at 10."""
+    assert gain(([10, 30], [0.1, 0.4]), ([10, 10], [0.1, 0.4])) == pytest.approx(10)
+    # Of the second only the upper half is in common, where the first stands between 20 and 30.
+    assert gain(([10, 30], [0.1, 0.4]), ([10, 10], [0.2, 0.8])) == pytest.approx(15)
+    assert gain(([10, 10], [0.2, 0.8]), ([10, 30], [0.1, 0.4])) == pytest.approx(-15)
+
+
+def test_against_a_fine_sum_over_the_divergences():
+    one = ([31.0, 47.0, 40.0], [0.01, 0.03, 0.07])
+    other = ([20.0, 44.0, 46.0], [0.02, 0.035, 0.09])
+
+    at = np.linspace(math.log(0.02), math.log(0.07), 100_001)
+    heights = [np.interp(at, np.log(forgotten), learned) for learned, forgotten in (one, other)]
+    assert gain(one, other) == pytest.approx((heights[0] - heights[1]).mean(), abs=0.02)
+
+
+def test_curves_without_a_divergence_in_common_have_no_gain():
+    assert math.isnan(gain(([1, 2], [0.1, 0.2]), ([1, 2], [0.3, 0.4])))
+    assert math.isnan(gain(([1, 2], [0.1, 0.2]), ([1, 2], [0.2, 0.4])))
+
+
+def test_a_pair_by_hand():
+    """Two seeds, four items; the base has nothing right, and its point counts nowhere."""
+    one = curve(
+        [[[0] * 4, [100, 0, 0, 0], [100] * 4], [[0] * 4, [100, 100, 100, 0], [100] * 4]],
+        [[[0, 0], [0.1, 0.1], [0.2, 0.6]], [[0, 0], [0.1, 0.1], [0.4, 0.4]]],
+    )
+    other = curve(
+        [[[0] * 4, [0] * 4, [100, 0, 0, 0]], [[0] * 4, [0] * 4, [100, 0, 0, 0]]],
+        [[[0, 0], [0.1, 0.1], [0.25, 0.25]], [[0, 0], [0.1, 0.1], [0.15, 0.55]]],
+    )
+    held_out = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[1.5, 2.5], [3.0, 3.0]])
+    found = compare_pair(one, other, held_out, WEIGHTS)
+    # Parts: 50 against 0; wholes: 100 against 25.
+    assert found.learned.value == pytest.approx(62.5)
+    assert found.held_out.value == pytest.approx(0.0)
+    # Windows weigh 1 and 3: 0.5 and 0.4, against 0.25 and 0.45.
+    assert found.forgotten_ratio["wiki"].value == pytest.approx(0.45 / 0.35)
+    # Both have 0.1 nats for the part; the whole of the other is reached first.
+    share = math.log(3.5) / math.log(4.5)
+    assert found.learned_at_equal_divergence["wiki"].value == pytest.approx((50 - 0 + 50 + 50 * share - 25) / 2)
+
+
+def test_what_both_share_is_no_noise():
+    """The same items right in both, and seeds that differ alike: the difference is certain."""
+    draw = np.random.default_rng(0)
+    learned_SPN = 100.0 * (draw.random((2, 3, 50)) < 0.4)
+    forgotten_SPM = draw.gamma(4, 0.01, (2, 3, 20)) * np.array([0, 1, 2])[None, :, None]
+    held_out_SH = draw.random((2, 30))
+    one, other = Curve(learned_SPN, {"wiki": 2 * forgotten_SPM}), Curve(learned_SPN, {"wiki": forgotten_SPM})
+    found = compare_pair(one, other, (held_out_SH - 0.25, held_out_SH), {"wiki": np.ones(20)})
+    assert (found.learned.low, found.learned.value, found.learned.high) == (0, 0, 0)
+    assert (found.held_out.low, found.held_out.high) == pytest.approx((-0.25, -0.25))
+    ratio = found.forgotten_ratio["wiki"]
+    assert (ratio.low, ratio.value, ratio.high) == pytest.approx((2, 2, 2))
+
+
+def test_intervals_are_those_of_the_plain_bootstrap():
+    """Against resamples drawn one by one, with other random numbers."""
+    draw = np.random.default_rng(1)
+    shares = np.array([0.0, 0.3, 0.5])[None, :, None]
+    learned = [100.0 * (draw.random((3, 3, 60)) < share * shares) for share in (1.0, 0.8)]
+    forgotten = [draw.gamma(4, 0.01, (3, 3, 20)) * np.array([0, 1, 3])[None, :, None] for _ in range(2)]
+    lost = [draw.random((3, 40)) for _ in range(2)]
+    curves = [Curve(values, {"wiki": moved}) for values, moved in zip(learned, forgotten, strict=True)]
+    found = compare_pair(*curves, (lost[0], lost[1]), {"wiki": np.ones(20)})
+    plain = {"learned": [], "equal": [], "held_out": [], "ratio": []}
+    for _ in range(2000):
+        seeds, items = draw.integers(0, 3, 3), draw.integers(0, 60, 60)
+        windows, examples = draw.integers(0, 20, 20), draw.integers(0, 40, 40)
+        l_P = [values[seeds][:, 1:, items].mean(axis=(0, 2)) for values in learned]
+        f_P = [values[seeds][:, 1:, windows].mean(axis=(0, 2)) for values in forgotten]
+        plain["learned"].append((l_P[0] - l_P[1]).mean())
+        plain["equal"].append(gain((l_P[0], f_P[0]), (l_P[1], f_P[1])))
+        plain["held_out"].append((lost[0] - lost[1])[seeds][:, examples].mean())
+        plain["ratio"].append(f_P[0][-1] / f_P[1][-1])
+    estimates = {
+        "learned": found.learned,
+        "equal": found.learned_at_equal_divergence["wiki"],
+        "held_out": found.held_out,
+        "ratio": found.forgotten_ratio["wiki"],
+    }
+    for name, values in plain.items():
+        low, high = np.percentile(values, [2.5, 97.5])
+        assert abs(estimates[name].low - low) < 0.1 * (high - low), name
+        assert abs(estimates[name].high - high) < 0.1 * (high - low), name
