@@ -121,10 +121,20 @@ def text_windows(
     """
     if window < 2:
         raise InputError(f"window {window} is not possible: give 2 tokens or more")
-    windows = list(_windows(tokenizer, texts, window))
+    windows = [
+        (f"{text.id}/{number}", ids_T)
+        for text in texts
+        for number, ids_T in enumerate(windows_of(tokenizer, text.text, window))
+    ]
     if not windows:
         raise InputError(f"text {name!r} has no two tokens in a row: give longer texts")
     return windows if max_tokens is None else _some(windows, max_tokens, seed)
+
+
+def windows_of(tokenizer: PreTrainedTokenizerBase, text: str, window: int) -> Iterator[torch.Tensor]:
+    """Token ids (T,) of a text, in windows; a last one of a single token is left out, for it predicts nothing."""
+    ids_T = torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.int64)
+    return (part_T for part_T in torch.split(ids_T, window) if len(part_T) > 1)
 
 
 @torch.no_grad()
@@ -142,16 +152,6 @@ def measure(model: PreTrainedModel, ids_T: torch.Tensor, *, reference: PreTraine
             base = base_TV[rows].float().log_softmax(-1)
             divergence += float((base.exp() * (base - now)).sum(dtype=torch.float64))
     return Movement(loss, None if base_TV is None else divergence, len(targets_T))
-
-
-def _windows(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], window: int
-) -> Iterator[tuple[str, torch.Tensor]]:
-    for text in texts:
-        ids = tokenizer(text.text, verbose=False).input_ids
-        for number, start in enumerate(range(0, len(ids) - 1, window)):
-            if len(part := ids[start : start + window]) > 1:
-                yield f"{text.id}/{number}", torch.tensor(part, dtype=torch.int64)
 
 
 def _some(windows: list[tuple[str, torch.Tensor]], max_tokens: int, seed: int) -> list[tuple[str, torch.Tensor]]:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from loki.errors import InputError
+from loki.evaluation.text import windows_of
 from loki.prompts.json_lines import read_rows, text_field, user_path
 from loki.prompts.questions import load_probe
 from loki.prompts.render import open_prompt
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 BUILT_IN = "probe"
@@ -55,16 +55,12 @@ def token_windows(
         InputError: no text has two tokens.
     """
 
-    def parts() -> Iterator[list[int]]:
-        for text in texts:
-            ids = tokenizer(text).input_ids
-            yield from (ids[start : start + window] for start in range(0, len(ids), window))
-
     found, left = [], max_tokens
-    for ids in parts():
-        if left > 0 and len(ids) > 1:
-            found.append(torch.tensor(list(islice(ids, left + 1)), dtype=torch.int64))
-            left -= len(found[-1]) - 1
+    for ids_T in chain.from_iterable(windows_of(tokenizer, text, window) for text in texts):
+        if left <= 0:
+            break
+        found.append(ids_T[: left + 1])
+        left -= len(found[-1]) - 1
     if not found:
         raise InputError(f"{what}: the text has no two tokens in a row: give a longer one")
     return found
