@@ -3,8 +3,8 @@
     python scripts/write_results.py [--check]
 
 A block begins with `<!-- table: results/NAME.json TABLE -->` and ends with `<!-- end of table -->`; a table is one of
-`loki.study.tables`. Pictures go to docs/images. With --check nothing is written, and a block that is not what its
-result says is an error.
+`loki.study.tables`. Names of methods after it leave out the rows of all others. Pictures go to docs/images. With
+--check nothing is written, and a block that is not what its result says is an error.
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+from loki.reporting.content import Table
 from loki.results import Result
 from loki.study.page import front_picture
 from loki.study.tables import KIND, markdown, tables, texts_of
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "docs/results.md")
-BLOCK = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+DOCUMENTS = ("README.md", *(f"docs/{name}.md" for name in ("results", "damage", "preserve", "dial")))
+BLOCK = re.compile(r"(<!-- table: (\S+) (\S+)((?: \S+)*) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
 @cache
@@ -30,9 +33,22 @@ def load(name: str) -> Result:
     return Result.load(ROOT / name)
 
 
+def table_of(result: Result, name: str, only: Sequence[str]) -> Table:
+    """A table of a result, with the rows of some methods."""
+    table = tables(result)[name]
+    labels = {method["name"]: method["label"] for method in result.figures["methods"]}
+    left_out = set(labels.values()) - {labels[method] for method in only} if only else set()
+    return replace(table, rows=tuple(row for row in table.rows if row[0] not in left_out))
+
+
 def filled(text: str) -> str:
     """A document with all its blocks made anew."""
-    return BLOCK.sub(lambda block: f"{block[1]}{markdown(tables(load(block[2]))[block[3]])}\n{block[4]}", text)
+
+    def block_of(found: re.Match[str]) -> str:
+        head, path, name, only, end = found.groups()
+        return f"{head}{markdown(table_of(load(path), name, only.split()))}\n{end}"
+
+    return BLOCK.sub(block_of, text)
 
 
 def main() -> int:
