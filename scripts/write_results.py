@@ -20,7 +20,7 @@ from pathlib import Path
 from loki.reporting.content import Table
 from loki.results import Result
 from loki.study.page import front_picture
-from loki.study.tables import KIND, markdown, tables, texts_of
+from loki.study.tables import AGAINST, KIND, markdown, tables, texts_of
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", *(f"docs/{name}.md" for name in ("results", "damage", "preserve", "dial")))
@@ -38,7 +38,7 @@ def table_of(result: Result, name: str, only: Sequence[str]) -> Table:
     table = tables(result)[name]
     labels = {method["name"]: method["label"] for method in result.figures["methods"]}
     left_out = set(labels.values()) - {labels[method] for method in only} if only else set()
-    return replace(table, rows=tuple(row for row in table.rows if row[0] not in left_out))
+    return replace(table, rows=tuple(row for row in table.rows if row[0].split(AGAINST)[0] not in left_out))
 
 
 def filled(text: str) -> str:

@@ -13,6 +13,7 @@ from loki.study.run import HELD_OUT
 MINUS = "\u2212"
 KIND = "study"
 BASE_ROW, NONE_ROW = "base, untrained", "none"
+AGAINST = " against "
 Method = Mapping[str, Any]
 
 
@@ -151,15 +152,14 @@ def _pairs(result: Result) -> Table:
     """Pairs of methods that differ in one thing."""
     labels = {method["name"]: method["label"] for method in result.figures["methods"]}
     texts = texts_of(result)
-    head = ["method", "against", "seeds", "task, points", f"at equal {texts[0]} KL", "held-out loss"]
+    head = ["method", "seeds", "task, points", f"at equal {texts[0]} KL", "held-out loss"]
     rows = []
     for pair in result.figures["pairs"]:
         equal = pair["learned_at_equal_divergence"][texts[0]]
         ratios = (pair["forgotten_ratio"][text] for text in texts)
         rows.append(
             [
-                labels[pair["method"]],
-                labels[pair["against"]],
+                f"{labels[pair['method']]}{AGAINST}{labels[pair['against']]}",
                 str(len(pair["seeds"])),
                 _measured(*_ends(pair["learned"]), 1, signed=True),
                 _measured(*_ends(equal), 1, signed=True),
