@@ -3,17 +3,19 @@
 import gzip
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from tiny import NUM_COLUMNS, NUM_LAYERS
 
 from loki.errors import ArtefactError, InputError
 from loki.evaluation.completions import completion_losses
 from loki.log.reader import AttributionLog
 from loki.models import load_model, load_tokenizer
-from loki.study import tasks
+from loki.study import conduct, tasks
 from loki.study.collect import collect
 from loki.study.conduct import Study
 from loki.study.finished import scaled_scores_of, scores_of
@@ -203,6 +205,55 @@ def test_adapters_of_whole_runs_are_kept(study, tmp_path, method, phase, is_kept
     task = tasks.load_task(study.task, study.data_dir, load_tokenizer(study.model))
     losses = completion_losses(model, load_tokenizer(study.model), task.held_out)
     assert tuple(losses) == found["held_out"].scores
+
+
+def with_scales(study, *scales, **methods):
+    changes = {"evaluate": study.evaluate.model_copy(update={"scales": scales})}
+    return study.model_copy(update=changes | ({"methods": methods} if methods else {}))
+
+
+@pytest.mark.parametrize("method", ["lora", "rows", "dialled"])
+def test_further_parts_come_from_the_adapter_that_was_kept(study, tmp_path, method, monkeypatch):
+    """What is added is what one run with all parts has; nothing is trained, and the base stays."""
+    dial = DialSection(by="rows", examples=2, text_tokens=60)
+    dialled = study.methods["rows"].model_copy(update={"dial": dial})
+    methods = {"dialled": dialled} if method == "dialled" else {method: study.methods[method]}
+    some, more = with_scales(study, 0.5, **methods), with_scales(study, 0.25, 0.5, 0.75, **methods)
+    Study(some, tmp_path / "out", keep_adapters=True).conduct()
+    later = Study(more, tmp_path / "out")
+    (run,) = later.next_runs()
+    # Two of four points are left, of a run whose training is done.
+    left = forecast(later)
+    assert left.hours_left == pytest.approx(left.evaluation_seconds * 2 / 4 / 3600)
+    monkeypatch.setattr(conduct, "carry_out", None)
+    later.conduct()
+    assert later.failed == {}
+    at_once = carry_out(Workplace(more, tmp_path / "out/analyses"), run)
+    found = later.results[run]
+    assert found.settings == at_once.settings
+    assert scaled_scores_of(found) == scaled_scores_of(at_once)
+    assert found.figures["scores"] == at_once.figures["scores"]
+    assert Study(more, tmp_path / "out").next_runs() == []
+    # Fewer parts than there are is another study.
+    with pytest.raises(ArtefactError, match="was made under other settings"):
+        Study(some, tmp_path / "out")
+
+
+def test_an_adapter_of_another_training_adds_nothing(study, tmp_path):
+    some, more = (with_scales(study, *scales, rows=study.methods["rows"]) for scales in ((0.5,), (0.25, 0.5)))
+    first = Study(some, tmp_path / "out", keep_adapters=True)
+    first.conduct()
+    (run,) = (run for run in first.results if run.phase == "whole")
+    weights = tmp_path / "out/adapters" / run.id / "adapter_model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights)
+    before = first.path_of(run).read_text()
+    later = Study(more, tmp_path / "out")
+    later.conduct()
+    assert later.failed[run].startswith(f"the adapter that {run.id} left has a held-out loss of ")
+    assert first.path_of(run).read_text() == before
+    shutil.rmtree(weights.parent)
+    with pytest.raises(ArtefactError, match="was made under other settings"):
+        Study(more, tmp_path / "out")
 
 
 def test_mixed_precision_is_in_effect(study, tmp_path):

@@ -13,14 +13,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from loki.errors import ArtefactError, InputError, LokiError
 from loki.progress import Track, silent
 from loki.provenance import require_writable_parent
 from loki.results import Result
 from loki.study.analyses import make_log
+from loki.study.parts import add_parts
 from loki.study.plan import BASE, Run, num_runs, runs_to_come
-from loki.study.run import carry_out, held_out_loss, same_run
+from loki.study.run import carry_out, held_out_loss, lacking_scales
 from loki.study.settings import StudySettings
 from loki.study.training import Workplace
 
@@ -42,6 +44,15 @@ class Done:
     num_runs: int
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A finished run of which further parts are wanted."""
+
+    result: Result
+    scales: tuple[float, ...]
+    adapter: Path
+
+
 Tell = Callable[[Done], None]
 
 
@@ -57,6 +68,8 @@ class Study:
     """Whether whole runs leave their adapters in the folder."""
     results: dict[Run, Result] = field(default_factory=dict)
     """Finished runs."""
+    begun: dict[Run, Begun] = field(default_factory=dict)
+    """Runs that were finished when the settings named fewer parts of a change, and left their adapters."""
     failed: dict[Run, str] = field(default_factory=dict)
     """Errors of runs that failed this time; they are tried again the next."""
 
@@ -68,12 +81,20 @@ class Study:
         for run in self._walk():
             path = self.path_of(run)
             if path.is_file():
-                found = Result.load(path)
-                if not same_run(found, self.settings, run):
-                    raise ArtefactError(
-                        f"{path} was made under other settings: choose another --output-dir, or remove that file"
-                    )
-                self.results[run] = found
+                self._take(run, Result.load(path))
+
+    def _take(self, run: Run, found: Result) -> None:
+        """Use what an earlier command finished."""
+        lacking = lacking_scales(found, self.settings, run)
+        adapter = self.folder / ADAPTERS_DIR / run.id
+        if lacking is None or (lacking and not adapter.is_dir()):
+            raise ArtefactError(
+                f"{self.path_of(run)} was made under other settings: choose another --output-dir, or remove that file"
+            )
+        if lacking:
+            self.begun[run] = Begun(found, lacking, adapter)
+        else:
+            self.results[run] = found
 
     def path_of(self, run: Run) -> Path:
         """The file of a run's result."""
@@ -112,7 +133,7 @@ class Study:
                 busy = {run for run, _ in under_way.values()}
                 waiting = [] if is_late else [run for run in self.next_runs() if run not in busy]
                 for run in waiting[: (workers or 1) - len(under_way)]:
-                    under_way[submit(place, run)] = (run, time.monotonic())
+                    under_way[submit(*self._work(place, run))] = (run, time.monotonic())
                 if not under_way:
                     return
                 for future in wait(under_way, return_when=FIRST_COMPLETED).done:
@@ -149,6 +170,13 @@ class Study:
             if name in needed:
                 make_log(self.settings, name, self.folder / LOGS_DIR, track=track)
 
+    def _work(self, place: Workplace, run: Run) -> tuple[Any, ...]:
+        """What a process is to do for a run: a function and its arguments."""
+        begun = self.begun.get(run)
+        if begun is None:
+            return carry_out, place, run
+        return add_parts, place, run, begun.result, begun.scales, begun.adapter
+
     def _finish(self, run: Run, future: Future[Result], seconds: float, tell: Tell) -> None:
         result, error = None, None
         try:
@@ -169,17 +197,18 @@ class Study:
         tell(Done(run, result, error, seconds, num_done, num_runs(self.settings, self.only)))
 
 
-Submit = Callable[[Workplace, Run], "Future[Result]"]
+Submit = Callable[..., "Future[Result]"]
+"""Takes a function and its arguments."""
 
 
 @contextmanager
 def _here() -> Iterator[Submit]:
     """Runs in this process."""
 
-    def submit(place: Workplace, run: Run) -> Future[Result]:
+    def submit(work: Callable[..., Result], *args: Any) -> Future[Result]:
         future: Future[Result] = Future()
         try:
-            future.set_result(carry_out(place, run))
+            future.set_result(work(*args))
         except Exception as error:  # told by the future, as a pool does it
             future.set_exception(error)
         return future
@@ -192,13 +221,13 @@ def _pool(prepare: Callable[[], None] | None) -> Iterator[Submit]:
     """Processes that each do one run and end, so that a peak of memory is that of one run."""
     pools: list[ProcessPoolExecutor] = []
 
-    def submit(place: Workplace, run: Run) -> Future[Result]:
+    def submit(work: Callable[..., Result], *args: Any) -> Future[Result]:
         # A pool of its own for each run: a process that is killed breaks all runs of its pool.
         pool = ProcessPoolExecutor(
             1, mp_context=get_context("spawn"), initializer=_begin, initargs=(prepare, os.getpid())
         )
         pools.append(pool)
-        future = pool.submit(carry_out, place, run)
+        future = pool.submit(work, *args)
         pool.shutdown(wait=False)
         return future
 

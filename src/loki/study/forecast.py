@@ -54,6 +54,9 @@ def forecast(study: Study) -> Forecast:
         for phase, count in runs_by_phase(settings, name).items():
             num_done = sum(run.method == name and run.phase == phase for run in results)
             left += (count - num_done) * seconds[phase]
+    for run, begun in study.begun.items():
+        if run not in results:  # no training, and some of the points
+            left += evaluation * len(begun.scales) / (1 + len(settings.evaluate.scales)) - seconds["whole"]
     return Forecast(num_runs(settings, study.only), len(results), step, evaluation, left / 3600)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +98,8 @@ def carry_out(place: Workplace, run: Run) -> Result:
         if run.phase == "whole" and settings.evaluate.scales:
             assert reference is not None
             part_of_change = part_of_change or partial(scaled_change, reference, model)
-            figures["scaled"] = _scaled_scores(settings, part_of_change, tokenizer, reference, task)
+            scales = settings.evaluate.scales
+            figures["scaled"] = scaled_scores(settings, scales, part_of_change, tokenizer, reference, task)
     figures |= {
         "evaluation_seconds": round(time.perf_counter() - start, 1),
         "num_threads": torch.get_num_threads(),
@@ -160,8 +162,9 @@ def _answering(settings: StudySettings, model: PreTrainedModel) -> PreTrainedMod
     return model if dtype == model.dtype else copy.deepcopy(model).to(dtype)
 
 
-def _scaled_scores(
+def scaled_scores(
     settings: StudySettings,
+    scales: Sequence[float],
     part_of_change: Parts,
     tokenizer: PreTrainedTokenizerBase,
     reference: PreTrainedModel,
@@ -169,7 +172,7 @@ def _scaled_scores(
 ) -> list[dict[str, Any]]:
     """Scores of the task and the texts with parts of the change from `reference`."""
     found = []
-    for scale in settings.evaluate.scales:
+    for scale in scales:
         scaled = part_of_change(scale)
         scores = _text_scores(settings, scaled, tokenizer, reference)
         scores += task.score_alone(_answering(settings, scaled), tokenizer, silent)
@@ -184,6 +187,19 @@ def held_out_loss(result: Result) -> float:
     return math.inf if None in losses else sum(losses) / len(losses)
 
 
-def same_run(result: Result, settings: StudySettings, run: Run) -> bool:
-    """Whether a result is that of this run under these settings."""
-    return digest(dict(result.settings)) == digest(identity(settings, run))
+def lacking_scales(result: Result, settings: StudySettings, run: Run) -> tuple[float, ...] | None:
+    """Parts of the change that the settings name and a finished run was not scored at; None where it is another run."""
+    there, scored = _apart(dict(result.settings))
+    here, wanted = _apart(identity(settings, run))
+    if digest(there) != digest(here):
+        return None
+    if run.phase != "whole":
+        return ()
+    return tuple(sorted(set(wanted) - set(scored))) if set(scored) <= set(wanted) else None
+
+
+def _apart(known: dict[str, Any]) -> tuple[dict[str, Any], list[float]]:
+    """An identity without its scales, and the scales."""
+    evaluate = dict(known.get("evaluate", {}))
+    scales = evaluate.pop("scales", [])
+    return {**known, "evaluate": evaluate}, scales
