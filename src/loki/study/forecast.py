@@ -37,10 +37,11 @@ def forecast(study: Study) -> Forecast:
     settings, results = study.settings, study.results
     if BASE not in results:
         study.do_now(BASE)
-    steps = [result.figures["seconds_per_step"] for result in results.values() if "seconds_per_step" in result.figures]
+    known = {**{run: begun.result for run, begun in study.begun.items()}, **results}
+    steps = [result.figures["seconds_per_step"] for result in known.values() if "seconds_per_step" in result.figures]
     step = median(steps or [_timed_step(study)])
     once = results[BASE].figures["evaluation_seconds"]
-    wholes = [result.figures["evaluation_seconds"] for run, result in results.items() if run.phase == "whole"]
+    wholes = [result.figures["evaluation_seconds"] for run, result in known.items() if run.phase == "whole"]
     # Parts of the change are scored on less than the whole, so without a finished run this is an upper bound.
     evaluation = median(wholes or [once * (1 + len(settings.evaluate.scales))])
     seconds = {
