@@ -52,7 +52,7 @@ def test_the_key_names_every_label_once_and_the_most_learned_first():
 
 def test_points_of_a_run_are_joined_and_the_whole_is_named():
     plain = [Point("LoKI", "loki", 10, 0.01)]
-    part = Point("LoKI", "loki", 12, 0.005, "LoKI 0", is_part=True)
+    part = Point("LoKI", "loki", 12, 0.005, "LoKI 0", "part")
     joined = [Point("LoKI", "loki", 10, 0.01, "LoKI 0"), part]
     options = {"learned": "task", "forgotten": "KL", "title": "Front"}
     figures = [front_chart(points, **options).figure for points in (plain, joined)]
@@ -62,6 +62,14 @@ def test_points_of_a_run_are_joined_and_the_whole_is_named():
     assert path == [[0.005, 12.0], [0.01, 10.0]]
     (number,) = figures[1].axes[0].texts
     assert number.xy == (0.01, 10)
+
+
+def test_single_seeds_are_on_no_front_and_in_no_key():
+    seed = Point("LoKI", "loki", 14, 0.001, role="seed")
+    mean = Point("LoKI", "loki", 12, 0.002)
+    assert front([seed, mean]) == [mean]
+    svg = front_chart([seed, mean], learned="task", forgotten="KL", title="Front").inline()
+    assert svg.count("LoKI") == 1
 
 
 def test_long_labels_have_a_line_of_their_own():

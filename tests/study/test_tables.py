@@ -221,24 +221,22 @@ def test_methods_at_an_equal_score_from_least_forgotten_to_those_that_do_not_rea
     assert "Forgotten at an equal task score" in render_report(study_report(result))
 
 
-def test_parts_of_a_change_are_points_of_the_same_run(result):
+def test_parts_of_a_change_are_points_of_the_same_curve(result):
     result.figures["methods"][0]["scaled"] = [{"seed": 1, "scale": 0.5, "calls": 10.0, "wiki_kl": 0.003}]
-    first, second, part, *_ = points(result, "wiki")
-    assert (first.run, second.run) == ("LoKI 0", "LoKI 1")
-    assert (part.run, part.learned, part.forgotten, part.is_part) == ("LoKI 1", 10.0, 0.003, True)
+    whole, *_, part = (point for point in points(result, "wiki") if point.label == "LoKI")
+    assert whole.run == part.run == "LoKI"
+    assert (part.learned, part.forgotten, part.role) == (10.0, 0.003, "part")
 
 
-def test_every_seed_is_a_point(result):
+def test_methods_are_points_and_their_seeds_too(result):
     found = points(result, "wiki")
-    assert [(point.label, point.family) for point in found] == [
-        ("LoKI", "loki"),
-        ("LoKI", "loki"),
-        ("random rows", "random"),
-        ("random rows", "random"),
-        ("LoRA", "other"),
-        ("LoRA", "other"),
+    assert [(point.label, point.family, point.role) for point in found] == [
+        (label, family, role)
+        for label, family in (("LoKI", "loki"), ("random rows", "random"), ("LoRA", "other"))
+        for role in ("whole", "seed", "seed")
     ]
-    assert (found[0].learned, found[0].forgotten) == (30.0, 0.012)
+    assert (found[0].learned, found[0].forgotten) == pytest.approx((31.26, 0.0123))
+    assert (found[1].learned, found[1].forgotten) == (30.0, 0.012)
     assert family_of(result, result.figures["methods"][1]) == "random"
 
 

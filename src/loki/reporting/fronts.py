@@ -1,9 +1,11 @@
-"""Learned against forgotten: every run of a study a point, and the front that no method is better than in both."""
+"""Learned against forgotten: every method of a study a curve, and the front that none is better than in both."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
+from typing import Literal
 
 from loki.errors import InputError
 from loki.reporting.drawing import ACCENT, HIGH, INK, LOW, WIDTH, Picture, new_axes, new_figure, nice_ticks, put_text
@@ -18,9 +20,15 @@ KEY_TOP, KEY_LINE, SHORT_LABEL = 392.0, 17.0, 38
 """Where the key begins, how high its lines are, and how many letters stand beside each other even on a phone."""
 
 
+Role = Literal["whole", "part", "seed"]
+"""The whole of a change, a part of it, drawn small, or one of several seeds, drawn faint and on no front."""
+SIZES: Mapping[Role, tuple[float, float]] = {"whole": (26, 0.75), "part": (8, 0.75), "seed": (7, 0.3)}
+"""Area of a point, in square points, and its opacity."""
+
+
 @dataclass(frozen=True)
 class Point:
-    """One run."""
+    """One run, or the mean of a method's."""
 
     label: str
     family: str
@@ -31,12 +39,12 @@ class Point:
     """Lower is better."""
     run: str | None = None
     """Points of one run are joined, from the least forgotten to the most."""
-    is_part: bool = False
-    """Whether it is a part of a run's change, and not the whole: drawn small."""
+    role: Role = "whole"
 
 
 def front(points: Sequence[Point]) -> list[Point]:
     """Points that no other one is at least as good as in both and better than in one, by what they forgot."""
+    points = [point for point in points if point.role != "seed"]
 
     def is_beaten(point: Point) -> bool:
         return any(
@@ -53,7 +61,7 @@ def front_chart(points: Sequence[Point], *, learned: str, forgotten: str, title:
     """What was learned (upwards) against what was forgotten (to the right, logarithmic), with the front as a line.
 
     `learned` and `forgotten` name the axes. Each label has a number, at the best of its whole runs and in the key,
-    which goes from the most learned to the least.
+    which goes from the most learned to the least. The line is the front of all but single seeds.
 
     Raises:
         InputError: no point, or one that forgot nothing or less, which a logarithmic axis cannot show; matplotlib is
@@ -68,7 +76,7 @@ def front_chart(points: Sequence[Point], *, learned: str, forgotten: str, title:
 
     best_runs: dict[str, Point] = {}
     for point in sorted(points, key=lambda point: point.learned, reverse=True):
-        if not point.is_part:
+        if point.role == "whole":
             best_runs.setdefault(point.label, point)
     columns = 2 if all(len(label) <= SHORT_LABEL for label in best_runs) else 1
     lines = -(-len(best_runs) // columns)
@@ -97,15 +105,16 @@ def front_chart(points: Sequence[Point], *, learned: str, forgotten: str, title:
             alpha=0.45,
             zorder=1,
         )
-    for family, colour in FAMILIES.items():
-        of_family = [point for point in points if point.family == family]
+    for family, role in product(FAMILIES, SIZES):
+        alike = [point for point in points if (point.family, point.role) == (family, role)]
+        area, opacity = SIZES[role]
         axes.scatter(
-            [point.forgotten for point in of_family],
-            [point.learned for point in of_family],
-            s=[8 if point.is_part else 26 for point in of_family],
+            [point.forgotten for point in alike],
+            [point.learned for point in alike],
+            s=area,
             marker=MARKERS[family],
-            color=colour,
-            alpha=0.75,
+            color=FAMILIES[family],
+            alpha=opacity,
             linewidths=0,
             zorder=2,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from statistics import mean
 from typing import Any
 
 from loki.reporting.content import Section
@@ -73,7 +74,7 @@ def study_report(result: Result) -> ReportData:
 
 
 def front_picture(result: Result, text: str) -> Picture:
-    """Task score against divergence on a text, every run a point."""
+    """Task score against divergence on a text, every method a curve."""
     return front_chart(
         points(result, text),
         learned=f"{result.figures['task']}, % right",
@@ -83,7 +84,10 @@ def front_picture(result: Result, text: str) -> Picture:
 
 
 def points(result: Result, text: str) -> list[Point]:
-    """One point for each seed of each method that was trained and scored, and for each part of its change."""
+    """Of each method that was trained and scored the whole of its change and parts of it, in the mean of its seeds.
+
+    Where there are several seeds, each of them is a point too.
+    """
     task, divergence = result.figures["task"], f"{text}_kl"
     found = []
     for method in result.figures["methods"]:
@@ -91,12 +95,15 @@ def points(result: Result, text: str) -> list[Point]:
         if method["kind"] == "suppress" or task not in scores or divergence not in scores:
             continue
         label, family = method["label"], family_of(result, method)
-        wholes = zip(method["seeds"], scores[task]["by_seed"], scores[divergence]["by_seed"], strict=True)
-        found += [Point(label, family, learned, lost, f"{label} {seed}") for seed, learned, lost in wholes]
-        found += [
-            Point(label, family, part[task], part[divergence], f"{label} {part['seed']}", is_part=True)
-            for part in method.get("scaled", [])
-        ]
+        wholes = zip(scores[task]["by_seed"], scores[divergence]["by_seed"], strict=True)
+        by_scale = {1.0: list(wholes)}
+        for part in method.get("scaled", []):
+            by_scale.setdefault(part["scale"], []).append((part[task], part[divergence]))
+        for scale, seeds in by_scale.items():
+            learned, forgotten = map(mean, zip(*seeds, strict=True))
+            found.append(Point(label, family, learned, forgotten, label, "whole" if scale == 1 else "part"))
+            if len(seeds) > 1:
+                found += [Point(label, family, *seed, role="seed") for seed in seeds]
     return found
 
 
@@ -110,11 +117,12 @@ def family_of(result: Result, method: Mapping[str, Any]) -> str:
 def _front_section(result: Result, text: str) -> Section:
     found = points(result, text)
     labels = list(dict.fromkeys(point.label for point in front(found)))
-    sentence = f"No run is better in both than these, from least to most forgotten on {text}: {', '.join(labels)}."
+    sentence = f"No method is better in both than these, from least to most forgotten on {text}: {', '.join(labels)}."
     reading = (
-        "Each point is one run; up is better at the task, left is closer to the base. Small points are parts of the "
-        "same run's change, joined to the whole. Circles are rows chosen by a score, squares rows drawn at random, "
-        "triangles other methods; numbers are those of the key, which goes from the most learned to the least."
+        "Each point is the mean of a method's seeds; up is better at the task, left is closer to the base. Small "
+        "points are parts of the same change, joined to the whole; faint ones are single seeds. Circles are rows "
+        "chosen by a score, squares rows drawn at random, triangles other methods; numbers are those of the key, "
+        "which goes from the most learned to the least."
     )
     return Section(
         f"front-{text}",
