@@ -6,25 +6,20 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
 
 import torch
-from peft import PeftModel
 
 from loki.errors import ArtefactError
 from loki.evaluation.completions import completion_losses
 from loki.evaluation.text import load_texts
 from loki.implanting.scaled_change import scaled_change
-from loki.models import load_tokenizer
+from loki.models import load_tokenizer, merge_in_memory
 from loki.results import Result
 from loki.study.dialled import dialled_parts
 from loki.study.plan import Run
 from loki.study.run import held_out_loss, identity, scaled_scores
 from loki.study.tasks import load_task
 from loki.study.training import Parts, Workplace, load_base
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 CLOSE = 0.01
 """Relative difference of held-out losses that other processors may make."""
@@ -42,9 +37,7 @@ def add_parts(place: Workplace, run: Run, begun: Result, scales: Sequence[float]
     settings, method = place.settings, place.settings.methods[run.method]
     tokenizer = load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code)
     task = load_task(settings.task, settings.data_dir, tokenizer, batch_size=settings.evaluate.reply_batch_size)
-    reference, peft_model = load_base(settings), PeftModel.from_pretrained(load_base(settings), str(adapter))
-    # PEFT says nn.Module; it is the base's own class.
-    model = cast("PreTrainedModel", peft_model.merge_and_unload())
+    reference, model = load_base(settings), merge_in_memory(load_base(settings), adapter)
     losses = completion_losses(model, tokenizer, task.held_out)
     now, then = sum(losses) / len(losses), held_out_loss(begun)
     if not abs(now - then) <= CLOSE * then:
