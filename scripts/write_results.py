@@ -19,7 +19,7 @@ from pathlib import Path
 
 from loki.reporting.content import Table
 from loki.results import Result
-from loki.study.page import front_picture
+from loki.study.page import front_picture, points
 from loki.study.tables import AGAINST, KIND, markdown, tables, texts_of
 
 ROOT = Path(__file__).parents[1]
@@ -73,7 +73,8 @@ def main() -> int:
         if '"kind": "study"' in path.read_text(encoding="utf-8"):
             result = Result.load(path)
             assert result.kind == KIND
-            for text in texts_of(result):
+            # Where nothing is trained, there is no front.
+            for text in (text for text in texts_of(result) if points(result, text)):
                 picture = front_picture(result, text)
                 picture.save(ROOT / "docs/images" / f"{path.stem}_front_{text}")
     return 0
