@@ -169,6 +169,12 @@ def test_rows_at_zero_stand_in_a_table_of_their_own(result):
     assert "suppressed" not in tables(result)
 
 
+def test_rows_at_zero_without_benchmarks(result):
+    result.figures["above_chance"] = []
+    assert tables(result)["suppressed"].headings == ("rows at zero", "wiki, loss")
+    assert rows_of(result, "suppressed") == {"none": ("3.500",), "lowest 1 %": ("0.000 [−0.010, +0.011]",)}
+
+
 def test_what_is_not_a_number_is_a_dash(result):
     broken = method("rows", "LoKI", forgetting_percent=None)
     broken["scores"]["wiki_loss"].update(change=None, low=None, high=None)

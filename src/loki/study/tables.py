@@ -189,18 +189,20 @@ def _relative(result: Result) -> Table:
 def _suppressed(result: Result, methods: Sequence[Method]) -> Table:
     texts, names = texts_of(result), result.figures["above_chance"]
     base = result.figures["base"]
-    head = ["rows at zero", *(f"{text}, loss" for text in texts), *names, "forgetting, %"]
+    score = ["forgetting, %"] if names else []
+    head = ["rows at zero", *(f"{text}, loss" for text in texts), *names, *score]
     rows = [
         [NONE_ROW]
         + [_number(base[f"{text}_loss"]["value"], 3) for text in texts]
         + [_number(base[name]["value"], 1) for name in names]
-        + [""]
+        + [""] * len(score)
     ]
     for method in methods:
         scores = method["scores"]
         cells = [_change(scores.get(f"{text}_loss"), 3) for text in texts]
         cells += [_change(scores.get(name), 1) for name in names]
-        rows.append([method["label"], *cells, _number(method["forgetting_percent"], 1)])
+        cells += [_number(method["forgetting_percent"], 1) for _ in score]
+        rows.append([method["label"], *cells])
     return _table("Rows at zero", head, rows)
 
 
