@@ -104,3 +104,14 @@ def test_intervals_are_those_of_the_plain_bootstrap():
         low, high = np.percentile(values, [2.5, 97.5])
         assert abs(estimates[name].low - low) < 0.1 * (high - low), name
         assert abs(estimates[name].high - high) < 0.1 * (high - low), name
+
+
+def test_a_change_that_moved_nothing_has_no_equal_divergence():
+    still = curve([[[0] * 4, [0] * 4, [0] * 4]], [[[0, 0], [0, 0], [0, 0]]])
+    moved = curve([[[0] * 4, [0] * 4, [100] * 4]], [[[0, 0], [0.1, 0.1], [0.2, 0.2]]])
+    found = compare_pair(still, moved, (np.zeros((1, 2)), np.zeros((1, 2))), WEIGHTS)
+    assert math.isnan(found.learned_at_equal_divergence["wiki"].value)
+    assert found.forgotten_ratio["wiki"].value == 0
+    assert math.isnan(
+        compare_pair(moved, still, (np.zeros((1, 2)), np.zeros((1, 2))), WEIGHTS).forgotten_ratio["wiki"].low
+    )

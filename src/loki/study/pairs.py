@@ -68,8 +68,9 @@ def compare_pair(
     for text, weights in weights_M.items():
         windows_RM = resampled(draw, weights / weights.sum())
         forgotten_RP = [means(curve.forgotten_SPM[text], windows_RM, seeds_R) for curve in (one, other)]
-        equal[text] = _estimate(_gain_at_equal_divergence(learned_RP, forgotten_RP))
-        ratio[text] = _estimate(forgotten_RP[0][:, -1] / forgotten_RP[1][:, -1])
+        with np.errstate(divide="ignore", invalid="ignore"):  # a change that moved nothing has no logarithm
+            equal[text] = _estimate(_gain_at_equal_divergence(learned_RP, forgotten_RP))
+            ratio[text] = _estimate(forgotten_RP[0][:, -1] / forgotten_RP[1][:, -1])
     examples_RH = alike(draw, held_out_SH[0].shape[1])
     lost_R = means((held_out_SH[0] - held_out_SH[1])[:, None], examples_RH, seeds_R)[:, 0]
     gained_R = learned_RP[0][:, 1:].mean(axis=1) - learned_RP[1][:, 1:].mean(axis=1)
