@@ -140,7 +140,9 @@ def test_measuring_forgetting_leaves_gradients_as_they_are(tmp_path, kind, base_
 
     before = gradients()
     # Token ids of the tiny model's vocabulary.
-    budget = ForgettingBudget(["abc"], tokenizer=lambda _: SimpleNamespace(input_ids=[5, 6, 7]), probe_accuracy=False)
+    budget = ForgettingBudget(
+        ["abc"], tokenizer=lambda _, **__: SimpleNamespace(input_ids=[5, 6, 7]), probe_accuracy=False
+    )
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", bf16=False)
     budget.on_train_begin(args, TrainerState(), TrainerControl(), model=wrapped)
     assert budget.history[0]["kl"] > 0
