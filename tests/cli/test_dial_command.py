@@ -47,11 +47,13 @@ def dial(loki, files, model_dir):
     return run
 
 
-def test_the_adapter_that_is_written_is_within_the_budget(dial, files):
-    done = dial("--budget", "0.05", "--json")
+@pytest.mark.parametrize("ways", [[], ["scale", "layers", "rows"]])
+def test_the_adapter_that_is_written_is_within_the_budget(dial, files, ways):
+    done = dial("--budget", "0.05", "--json", *(part for way in ways for part in ("--by", way)))
     assert done.code == 0, done.err
     result = json.loads(done.out)
     assert result["kind"] == "dial"
+    assert {point["by"] for point in result["figures"]["points"]} == set(ways or ["scale"])
     chosen = result["figures"]["chosen"]
     assert chosen["kl"] <= 0.05 < result["figures"]["whole"]["kl"]
     out = files / "adapter-dialled"
@@ -91,13 +93,14 @@ def test_an_interrupted_dial_goes_on_with_the_same_command(dial, files, monkeypa
         return real(self, **options)
 
     monkeypatch.setattr(Yardstick, "measure", interrupt)
-    done = dial("--budget", "0.05")
+    ways = ("--by", "scale", "--by", "rows")
+    done = dial("--budget", "0.05", *ways)
     assert done.code == 130
     assert (files / "adapter-dialled.unfinished/points.json").exists()
     assert not (files / "adapter-dialled").exists()
-    other = dial("--budget", "0.06")
+    other = dial("--budget", "0.06", *ways)
     assert (other.code, "is of a dial with other settings" in other.err) == (2, True)
-    assert dial("--budget", "0.05").code == 0
+    assert dial("--budget", "0.05", *ways).code == 0
     assert len(calls) == len(set(calls)) + 1
 
 
@@ -116,7 +119,7 @@ def test_a_lora_of_the_builtin_task_needs_no_files(loki, model_dir, tmp_path):
         optimiser.step()
     model.save_pretrained(tmp_path / "lora")
     options = ("--model", model_dir, "--examples", 2, "--text-tokens", 100, "--points", 1, "--budget", "500%")
-    done = loki("dial", tmp_path / "lora", *options, "--json")
+    done = loki("dial", tmp_path / "lora", *options, "--by", "layers", "--by", "scale", "--json")
     assert done.code == 0, done.err
     figures = json.loads(done.out)["figures"]
     assert {point["by"] for point in figures["points"]} == {"scale", "layers"}

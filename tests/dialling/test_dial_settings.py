@@ -79,8 +79,8 @@ def test_all_alike():
 
 
 def test_ways_by_name():
-    assert parse_ways(None, has_rows=True) == ("scale", "layers", "rows")
-    assert parse_ways(None, has_rows=False) == ("scale", "layers")
+    assert parse_ways(None, has_rows=True) == parse_ways([], has_rows=False) == ("scale",)
+    assert parse_ways(["layers", "rows", "layers", "scale"], has_rows=True) == ("scale", "layers", "rows")
     assert parse_ways(["rows", "scale"], has_rows=True) == ("scale", "rows")
     with pytest.raises(InputError, match="--by rows is for LoKI adapters: a LoRA changes every row; give scale or lay"):
         parse_ways(["rows"], has_rows=False)

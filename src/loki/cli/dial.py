@@ -42,8 +42,9 @@ def dial(
     by: Annotated[
         list[str] | None,
         typer.Option(
-            help="scale (all alike), layers (a scale for each), rows (LoKI: some are taken back); may be repeated. "
-            "Default: all, and the best wins."
+            help="scale (all alike), layers (a scale for each), rows (LoKI: some are taken back); may be repeated, "
+            "and the least task loss wins. Default: scale; the others keep more of the loss, not more answers "
+            "(docs/dial.md)."
         ),
     ] = None,
     points: Annotated[int, typer.Option(help="Points of each curve, besides those near the budget.")] = 5,

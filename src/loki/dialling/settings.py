@@ -35,18 +35,19 @@ def knobs(shares: Shares, layers_U: np.ndarray) -> Mapping[WayName, Knob]:
 
 
 def parse_ways(names: list[str] | None, *, has_rows: bool) -> tuple[WayName, ...]:
-    """Ways by their names; all that the adapter has when there are none.
+    """Ways by their names, each once; `scale` when there are none.
 
     Raises:
         InputError: an unknown one, or rows of an adapter without rows.
     """
     possible: tuple[WayName, ...] = get_args(WayName) if has_rows else ("scale", "layers")
-    for name in names or ():
+    names = names or ["scale"]
+    for name in names:
         if name == "rows" and not has_rows:
             raise InputError("--by rows is for LoKI adapters: a LoRA changes every row; give scale or layers")
         if name not in possible:
             raise InputError(f"--by {name} is unknown: give {', '.join(possible)}")
-    return tuple(way for way in possible if not names or way in names)
+    return tuple(way for way in possible if way in names)
 
 
 def layer_scales(shares: Shares, layers_U: np.ndarray, position: float) -> np.ndarray:
