@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -21,8 +20,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")  # as the command line does, and before torch loads
-
 import torch
 
 from loki.analysis import recompute
@@ -30,7 +27,7 @@ from loki.analysis.attribution import attribute
 from loki.analysis.path import Path as Nodes
 from loki.analysis.settings import KVASettings
 from loki.architecture import attribution_sites
-from loki.cli.allocator import keep_freed_memory
+from loki.cli.kept_memory import keep_compiled_kernels, keep_freed_memory
 from loki.models import load_model, load_tokenizer, model_label
 from loki.prompts.encoding import encode_prompt
 from loki.prompts.prompt import question_prompt
@@ -285,6 +282,7 @@ def main() -> None:
         parser.error(f"unknown parts {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
 
     keep_freed_memory()
+    keep_compiled_kernels()
     model, tokens = load_model(options.model, dtype="float32"), token_source(options.model)
     if options.peak:
         print_peak(model, tokens, options.peak)

@@ -31,7 +31,7 @@ import h5py
 import numpy as np
 
 from loki.choices import StrategyName
-from loki.cli.allocator import keep_freed_memory
+from loki.cli.kept_memory import keep_freed_memory
 from loki.log import schema
 from loki.log.assembly import Piece, write_log
 from loki.log.reader import AttributionLog

@@ -31,7 +31,7 @@ from torch import nn
 
 from loki import LokiConfig
 from loki.architecture import projections, shape_of
-from loki.cli.allocator import keep_freed_memory
+from loki.cli.kept_memory import keep_freed_memory
 from loki.models import load_model, load_tokenizer, model_label
 from loki.prompts.encoding import encode_prompt
 from loki.prompts.prompt import question_prompt

@@ -400,6 +400,54 @@ def test_mixed_precision_takes_products_in_bfloat16_and_trains_in_float32(tmp_pa
     assert losses[0] != losses[1]
 
 
+@pytest.fixture
+def lengths(monkeypatch):
+    """Lengths of the batches that are trained on."""
+    seen = []
+    real = CompletionTrainer.compute_loss
+
+    def compute_loss(self, model, inputs, *args, **options):
+        seen.append(inputs["input_ids"].shape[1])
+        return real(self, model, inputs, *args, **options)
+
+    monkeypatch.setattr(CompletionTrainer, "compute_loss", compute_loss)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("mixed", "dtype", "positions_of_model", "step"),
+    [
+        (True, torch.float32, 128, 32),
+        (False, torch.bfloat16, 128, 32),
+        (False, torch.float32, 128, 1),
+        # A model that knows 100 positions cannot take 128.
+        (True, torch.float32, 100, 1),
+    ],
+)
+def test_in_reduced_precision_lengths_are_few(
+    tmp_path, tokenizer, selection, lengths, mixed, dtype, positions_of_model, step
+):
+    model = make_model().to(dtype)
+    model.config.max_position_embeddings = positions_of_model
+    train(model, tokenizer, selection, EXAMPLES, replace(SETTINGS, mixed_precision=mixed), tmp_path / "adapter")
+    assert len(lengths) == SETTINGS.steps
+    assert all(length % step == 0 for length in lengths)
+    assert any(length % 32 for length in lengths) == (step == 1)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_longer_batches_train_the_same(tmp_path, tokenizer, selection, lengths, packing, monkeypatch):
+    settings = replace(SETTINGS, packing=packing, max_length=61)
+    for name, step in (("as_they_come", None), ("padded", sft.LENGTH_STEP)):
+        monkeypatch.setattr(sft, "_length_step", lambda *_args, step=step: step)
+        train(make_model(), tokenizer, selection, EXAMPLES, settings, tmp_path / name)
+    as_they_come, padded = lengths[: SETTINGS.steps], lengths[SETTINGS.steps :]
+    assert padded == [-(-length // 32) * 32 for length in as_they_come] != as_they_come
+    plain = deltas(tmp_path / "as_they_come")
+    for name, delta in deltas(tmp_path / "padded").items():
+        assert torch.allclose(delta, plain[name], rtol=1e-4, atol=1e-6), name
+
+
 def test_an_interrupted_training_in_mixed_precision_ends_equal(tmp_path, tokenizer, selection):
     settings = replace(SETTINGS, mixed_precision=True)
     train(make_model(), tokenizer, selection, EXAMPLES, settings, tmp_path / "whole")

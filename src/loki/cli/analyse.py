@@ -173,7 +173,7 @@ def analyse(
     from loki.analysis.ranks import Ranks
     from loki.analysis.run import Analysis, AnalysisOptions
     from loki.analysis.settings import KVASettings, RowScoreSettings
-    from loki.cli.allocator import keep_freed_memory
+    from loki.cli.kept_memory import keep_compiled_kernels, keep_freed_memory
     from loki.cli.show import notes, print_json, track
     from loki.models import launched_dtype, load_model, load_tokenizer, model_label
     from loki.progress import silent
@@ -232,6 +232,7 @@ def analyse(
         on_cpu, elsewhere = (4, 8) if score == "kva" else (1, 4)
         batch_size = on_cpu if loaded.device.type == "cpu" else elsewhere
     keep_freed_memory()
+    keep_compiled_kernels()
     analysis = Analysis.of(
         loaded,
         load_tokenizer(model, trust_remote_code=trust_remote_code),

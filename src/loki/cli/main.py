@@ -118,8 +118,6 @@ def _set_up_messages(*, debug: bool) -> None:
     logger = logging.getLogger("loki")
     logger.handlers = [handler]
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
-    # Prompts differ in length, so bfloat16 on a CPU meets more shapes than oneDNN keeps kernels for by default.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
     if not debug:
         warnings.simplefilter("ignore")
         for variable, value in {

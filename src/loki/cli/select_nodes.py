@@ -49,7 +49,7 @@ def select_nodes(
     Example: loki select-nodes --hdf5-path kva.h5 --quota 10 --output-dir .
     """
     from loki.architecture import shape_of_config
-    from loki.cli.allocator import keep_freed_memory
+    from loki.cli.kept_memory import keep_freed_memory
     from loki.cli.show import notes, print_json
     from loki.errors import InputError
     from loki.models import load_config

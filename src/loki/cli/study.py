@@ -95,7 +95,7 @@ def _prepare() -> None:
 
     from transformers.utils import logging
 
-    from loki.cli.allocator import keep_freed_memory
+    from loki.cli.kept_memory import keep_freed_memory
 
     warnings.simplefilter("ignore")
     logging.disable_progress_bar()

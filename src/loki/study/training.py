@@ -108,7 +108,7 @@ def train_once(
     callbacks = [clock, *_guards(place, method, tokenizer)]
     config = peft_config(method, _setup(place, run, method, model, tokenizer))
     with tempfile.TemporaryDirectory() as folder:
-        args = trainer_arguments(chosen, Path(folder), run.learning_rate, on_cpu=model.device.type == "cpu")
+        args = trainer_arguments(chosen, Path(folder), run.learning_rate, model)
         args.save_strategy = "no"
         trainer = make_trainer(model, tokenizer, encoded, args, peft_config=config, callbacks=callbacks)
         trained = trainer.model
