@@ -3,8 +3,8 @@
     python scripts/write_results.py [--check]
 
 A block begins with `<!-- table: results/NAME.json TABLE -->` and ends with `<!-- end of table -->`; a table is one of
-`loki.study.tables`. Names of methods after it leave out the rows of all others. Pictures go to docs/images. With
---check nothing is written, and a block that is not what its result says is an error.
+`loki.study.tables`. Names of methods after it leave out the rows of all others. Fronts that a document shows go to
+docs/images. With --check nothing is written, and a block that is not what its result says is an error.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from pathlib import Path
 
 from loki.reporting.content import Table
 from loki.results import Result
-from loki.study.page import front_picture, points
-from loki.study.tables import AGAINST, KIND, markdown, tables, texts_of
+from loki.study.page import front_picture
+from loki.study.tables import AGAINST, markdown, tables
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", *(f"docs/{name}.md" for name in ("results", "damage", "preserve", "dial")))
 BLOCK = re.compile(r"(<!-- table: (\S+) (\S+)((?: \S+)*) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+FRONT = re.compile(r"images/(\w+)_front_(\w+)\.png")
 
 
 @cache
@@ -51,6 +52,11 @@ def filled(text: str) -> str:
     return BLOCK.sub(block_of, text)
 
 
+def fronts(documents: str) -> set[tuple[str, str]]:
+    """Studies and texts whose fronts are shown."""
+    return set(FRONT.findall(documents))
+
+
 def main() -> int:
     """Write, or check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -69,14 +75,9 @@ def main() -> int:
         for name in stale:
             print(f"{name} is not what results/*.json say: run python scripts/write_results.py", file=sys.stderr)
         return 1 if stale else 0
-    for path in sorted((ROOT / "results").glob("*.json")):
-        if '"kind": "study"' in path.read_text(encoding="utf-8"):
-            result = Result.load(path)
-            assert result.kind == KIND
-            # Where nothing is trained, there is no front.
-            for text in (text for text in texts_of(result) if points(result, text)):
-                picture = front_picture(result, text)
-                picture.save(ROOT / "docs/images" / f"{path.stem}_front_{text}")
+    for name, text in sorted(fronts("".join((ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS))):
+        picture = front_picture(load(f"results/{name}.json"), text)
+        picture.save(ROOT / "docs/images" / f"{name}_front_{text}")
     return 0
 
 
