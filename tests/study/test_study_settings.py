@@ -85,6 +85,17 @@ def test_our_own_studies_are_possible(path, tmp_path):
     assert "data_dir" in yaml.safe_load(path.read_text())
 
 
+@pytest.mark.parametrize(("rates", "every", "is_possible"), [([1, 2], 3, True), ([1, 2], 4, False), ([1], 4, True)])
+def test_no_run_is_shorter_than_the_steps_between_passes(write_study, rates, every, is_possible):
+    anchored = method(kind="lora", rank=2, preserve={"every": every}, learning_rates=rates)
+    path = write_study(train={"steps": 12, "screen_steps": 3}, methods=anchored)
+    if is_possible:
+        assert smoke(load_study(path)).methods["m"].preserve.every == 1
+    else:
+        with pytest.raises(InputError, match=r"method 'm': preserve\.every 4 is more than the 3 steps of its shortest"):
+            load_study(path)
+
+
 def test_a_smoke_of_any_score_and_of_a_dial_is_possible(write_study):
     analyses = {
         "damage": {"corpora": ["c4"], "num_prompts": 300, "score": "damage"},

@@ -253,6 +253,12 @@ def load_study(path: Path, *, data_dir: Path | None = None) -> StudySettings:
         analysis.settings()
     for name, method in settings.methods.items():
         method.require_whole(name, list(settings.analyses))
+        shortest = settings.train.screen_steps if len(method.learning_rates) > 1 else settings.train.steps
+        if method.preserve is not None and method.preserve.every > shortest:
+            raise InputError(
+                f"study {path}: method {name!r}: preserve.every {method.preserve.every} is more than the {shortest} "
+                f"steps of its shortest runs: give {shortest} or less"
+            )
     if settings.reference is not None and settings.reference not in settings.methods:
         raise InputError(f"study {path}: reference {settings.reference!r} is none of its methods: name one of them")
     for name in (name for pair in settings.pairs for name in pair):
@@ -274,8 +280,9 @@ def smoke(settings: StudySettings) -> StudySettings:
 
     def little(method: MethodSection) -> MethodSection:
         dial = method.dial and method.dial.model_copy(update={"text_tokens": 64})
+        preserve = method.preserve and method.preserve.model_copy(update={"every": 1})
         first = {"learning_rates": method.learning_rates[:1], "seeds": method.seeds[:1]}
-        return method.model_copy(update={**first, "dial": dial})
+        return method.model_copy(update={**first, "dial": dial, "preserve": preserve})
 
     return settings.model_copy(
         update={
