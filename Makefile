@@ -11,7 +11,7 @@ help:
 	@echo "make demo       the main job on SmolLM2-135M: analyse, select, train, merge, evaluate, report"
 	@echo "make test       fast tests        make test-real  tests on the real model (minutes)"
 	@echo "make test-data DATA_DIR=…  the built-in data against benchmarks: nothing is copied"
-	@echo "make study-smoke DATA_DIR=…  the methods of the study for two steps (1 minute)"
+	@echo "make study-smoke DATA_DIR=…  some methods of each study for two steps (1 minute)"
 	@echo "make test-browser  the report in Chromium (/usr/bin/chromium)"
 	@echo "make test-quantised  quantised base models (bitsandbytes, torchao)"
 	@echo "make test_cov   tests with coverage      make peft-suite  PEFT's own tests with LoKI (3 minutes)"
@@ -44,13 +44,16 @@ test-real: install
 test-data: install
 	$(BIN)/python -m pytest tests -m data --numprocesses 2 --data-dir $(DATA_DIR)
 
-# Some methods of the study with all of its data, for two steps; nothing is kept.
-SMOKED := loki-q10 corda zero-lowest-1
-
+# Some methods of each study with all of its data, for two steps; nothing is kept.
 study-smoke: install
-	rm -rf runs/forgetting-smoke
-	$(BIN)/loki study experiments/forgetting.yaml --smoke --data-dir $(DATA_DIR) $(SMOKED:%=--only %)
-	rm -rf runs/forgetting-smoke
+	$(call smoke,forgetting,loki-q10 zero-lowest-1)
+	$(call smoke,rivals,corda osf)
+
+define smoke
+rm -rf runs/$(1)-smoke
+$(BIN)/loki study experiments/$(1).yaml --smoke --data-dir $(DATA_DIR) $(2:%=--only %)
+rm -rf runs/$(1)-smoke
+endef
 
 test-browser: install
 	$(BIN)/python -m pytest tests -m browser

@@ -24,6 +24,13 @@ def test_the_target_is_read_off_by_interpolation(target, expected):
     assert at(target, [0, 10, 30], [0, 0.1, 0.4]) == pytest.approx(expected)
 
 
+def test_a_target_that_is_met_exactly_is_reached():
+    """Nine tenths of 90 of 91 items are 81 of them, by whichever sum."""
+    target, best = 0.9 * (100 * 90 / 91), 100 * 81 / 91
+    assert target > best
+    assert at(target, [0, best], [0, 0.4]) == pytest.approx(0.4)
+
+
 def test_what_is_worse_than_what_came_before_is_not_on_the_front():
     """At half the change 20 are right and at three quarters 15, so 25 lies between the half and the whole."""
     assert at(25, [0, 20, 15, 30], [0, 0.1, 0.2, 0.3]) == pytest.approx(0.2)

@@ -22,6 +22,8 @@ from loki.study.resampling import alike, ends, means, resampled
 
 SHARE = 0.9
 """Of the reference's best task score."""
+ROUNDING = 1e-9
+"""Points of the task that a target is out of reach by only for the order in which a sum was taken."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,9 @@ def forgotten_at(targets_R: np.ndarray, learned_RP: np.ndarray, forgotten_RP: np
     Points come in ascending order of the part of the change. The front is what has been reached up to each point.
     """
     found_R = np.full(len(targets_R), math.inf)
-    for r, (target, learned_P, forgotten_P) in enumerate(zip(targets_R, learned_RP, forgotten_RP, strict=True)):
+    for r, (target, learned_P, forgotten_P) in enumerate(
+        zip(targets_R - ROUNDING, learned_RP, forgotten_RP, strict=True)
+    ):
         if learned_P[0] >= target:
             found_R[r] = forgotten_P[0]
             continue
