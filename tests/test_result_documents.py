@@ -1,4 +1,4 @@
-"""README.md and docs/ say what results/*.json say."""
+"""README.md and docs/ say what results/*.json say, and those what the runs beside them say."""
 
 import subprocess
 import sys
@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from loki.results import Result
+from loki.study.collect import collect
+from loki.study.conduct import Study
+from loki.study.settings import load_study
+
 ROOT = Path(__file__).parents[1]
+WITH_RUNS = sorted(path.parent.name for path in ROOT.glob("results/*/runs"))
 BLOCK = "<!-- table: results/forgetting.json {} -->\n{}<!-- end of table -->\n"
 
 
@@ -54,3 +60,25 @@ def test_rows_of_some_methods(elsewhere):
     )
     assert rows == ["method", "---", "base, untrained", "full fine-tuning", "LoRA r=16"]
     assert set(rows) < set(all_rows)
+
+
+@pytest.mark.parametrize("name", WITH_RUNS)
+def test_figures_are_those_of_the_runs(name, tmp_path):
+    """Whoever takes up a study from its runs in the repository gets its figures."""
+    settings = load_study(ROOT / f"experiments/{name}.yaml", data_dir=tmp_path)
+    found = collect(settings, Study(settings, ROOT / "results" / name).results)
+    published = Result.load(ROOT / f"results/{name}.json")
+    here, there = flat(found.figures), flat(published.figures)
+    numbers = {path for path, leaf in there.items() if isinstance(leaf, float)}
+    assert len(numbers) > 100
+    assert {path: here.pop(path) for path in numbers} == pytest.approx({path: there.pop(path) for path in numbers})
+    assert here == there
+    assert found.settings == published.settings
+
+
+def flat(value, at=""):
+    """All that JSON holds, by where it stands."""
+    if not isinstance(value, dict | list | tuple):
+        return {at: value}
+    parts = value.items() if isinstance(value, dict) else enumerate(value)
+    return {path: leaf for key, part in parts for path, leaf in flat(part, f"{at}/{key}").items()}
