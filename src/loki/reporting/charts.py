@@ -217,7 +217,7 @@ def forgetting_curves(forgetting: Forgetting, *, title: str) -> Picture:
     drawn = measured(forgetting)
     if not drawn:
         raise InputError("the forgetting budget's history has no finite value: pass that of a training's record")
-    left, width, panel, gap = 68.0, WIDTH - 86.0, 84.0, 40.0
+    left, width, panel, gap = 76.0, WIDTH - 94.0, 84.0, 40.0
     height = len(drawn) * (panel + gap) + 32
     figure = new_figure(height)
     last = max(float(row["step"]) for row in forgetting.history)
