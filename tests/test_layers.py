@@ -10,6 +10,7 @@ ORDER = [
     "constants",
     "errors",
     "architecture",
+    "heads",
     "provenance",
     "results",
     "rows",

@@ -16,12 +16,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from loki import LokiConfig
 from loki.errors import ArtefactError, InputError
+from loki.heads import plain_head
 from loki.rows import RowSelection
 from loki.training import preserve as preserve_module
 from loki.training import sft
 from loki.training.budget import ForgettingBudget
 from loki.training.chunked_divergence import chunked_divergence
-from loki.training.heads import plain_head
 from loki.training.preserve import PreservePredictions
 from loki.training.settings import TrainSettings
 from loki.training.sft import load_record, train

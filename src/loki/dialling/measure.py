@@ -15,6 +15,7 @@ import torch
 from loki.dialling.adapter import DialledAdapter
 from loki.errors import InputError
 from loki.evaluation.completions import completion_loss
+from loki.evaluation.remembered import RememberedModel
 from loki.evaluation.text import Text, measure, text_windows
 from loki.progress import Track, silent
 
@@ -43,6 +44,8 @@ class Yardstick:
     examples: Sequence[Mapping[str, Any]]
     windows: Sequence[torch.Tensor]
     """Token ids (T,) each."""
+    base: RememberedModel
+    """The model without its adapter."""
 
     @classmethod
     def of(
@@ -65,7 +68,9 @@ class Yardstick:
         if not examples:
             raise InputError("there are no held-out examples: give at least one")
         cut = text_windows(tokenizer, name, texts, window, max_tokens=max_tokens, seed=seed)
-        return cls(adapter, tokenizer, examples, [ids_T for _, ids_T in cut])
+        model: Any = adapter.model
+        base = RememberedModel(model, reading=model.disable_adapter)
+        return cls(adapter, tokenizer, examples, [ids_T for _, ids_T in cut], base)
 
     @property
     def num_tokens(self) -> int:
@@ -75,12 +80,11 @@ class Yardstick:
     def measure(self, *, what: str = "measuring", track: Track = silent) -> Measured:
         """The point at which the adapter is set."""
         model: Any = self.adapter.model
-        base: Any = _WithoutAdapter(model)
         jobs: list[Mapping[str, Any] | torch.Tensor] = [*self.examples, *self.windows]
         task = text = kl = 0.0
         for job in track(jobs, what):
             if isinstance(job, torch.Tensor):
-                moved = measure(model, job, reference=base)
+                moved = measure(model, job, reference=self.base)
                 text, kl = text + moved.loss, kl + (moved.kl or 0.0)
             else:
                 with torch.no_grad():
@@ -98,10 +102,7 @@ class Yardstick:
         model: Any = self.adapter.model
         for ids_T in self.windows:
             ids_1T = ids_T[None].to(model.device)
-            with torch.no_grad():
-                base_TV = (
-                    _WithoutAdapter(model)(input_ids=ids_1T, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-                )
+            base_TV = self.base(input_ids=ids_1T).logits[0, :-1].float().log_softmax(-1)
             now_TV = model(input_ids=ids_1T, use_cache=False).logits[0, :-1].float().log_softmax(-1)
             divergence = torch.nn.functional.kl_div(now_TV, base_TV, reduction="sum", log_target=True)
             yield divergence / self.num_tokens
@@ -110,15 +111,3 @@ class Yardstick:
 def perplexity_rise(measured: Measured, base: Measured) -> float:
     """In percent of the base's perplexity on the text."""
     return 100 * math.expm1(measured.text_loss - base.text_loss)
-
-
-class _WithoutAdapter:
-    """A model that computes as its base does."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.device = model.device
-
-    def __call__(self, **inputs: Any) -> Any:
-        with self.model.disable_adapter():
-            return self.model(**inputs)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from loki.errors import InputError
+from loki.evaluation.remembered import RememberedModel
 from loki.evaluation.scores import ItemScores
 from loki.progress import Track, silent
 from loki.prompts.json_lines import read_rows, text_field, user_path
@@ -78,7 +79,7 @@ def text_scores(
     name: str,
     texts: Sequence[Text],
     *,
-    reference: PreTrainedModel | None = None,
+    reference: PreTrainedModel | RememberedModel | None = None,
     window: int = 512,
     max_tokens: int | None = None,
     seed: int = 0,
@@ -88,7 +89,8 @@ def text_scores(
 
     Items are windows of at most `window` tokens, each read on its own; its first token is not predicted. With
     `max_tokens`, windows drawn by `seed` that predict at least as many, or all there are. Tasks are named
-    `<name>_loss` and `<name>_kl`, in nats per token; `exp` of the first is the perplexity.
+    `<name>_loss` and `<name>_kl`, in nats per token; `exp` of the first is the perplexity. A reference for several
+    models is best a `RememberedModel`.
 
     Raises:
         InputError: no text has two tokens.
@@ -138,7 +140,9 @@ def windows_of(tokenizer: PreTrainedTokenizerBase, text: str, window: int) -> It
 
 
 @torch.no_grad()
-def measure(model: PreTrainedModel, ids_T: torch.Tensor, *, reference: PreTrainedModel | None = None) -> Movement:
+def measure(
+    model: PreTrainedModel, ids_T: torch.Tensor, *, reference: PreTrainedModel | RememberedModel | None = None
+) -> Movement:
     """Loss and divergence of the tokens after the first."""
     now_TV = _scores_of_next(model, ids_T)
     base_TV = None if reference is None else _scores_of_next(reference, ids_T).to(now_TV.device)
@@ -165,7 +169,7 @@ def _some(windows: list[tuple[str, torch.Tensor]], max_tokens: int, seed: int) -
     return kept
 
 
-def _scores_of_next(model: PreTrainedModel, ids_T: torch.Tensor) -> torch.Tensor:
+def _scores_of_next(model: PreTrainedModel | RememberedModel, ids_T: torch.Tensor) -> torch.Tensor:
     """Log-probabilities (T−1, V), but for a constant a row, of the tokens after the first."""
     logits_TV: torch.Tensor = model(input_ids=ids_T[None].to(model.device), use_cache=False).logits[0, :-1]
     return logits_TV

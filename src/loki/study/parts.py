@@ -11,6 +11,7 @@ import torch
 
 from loki.errors import ArtefactError
 from loki.evaluation.completions import completion_losses
+from loki.evaluation.remembered import RememberedModel
 from loki.evaluation.text import load_texts
 from loki.implanting.scaled_change import scaled_change
 from loki.models import load_tokenizer, merge_in_memory
@@ -37,7 +38,7 @@ def add_parts(place: Workplace, run: Run, begun: Result, scales: Sequence[float]
     settings, method = place.settings, place.settings.methods[run.method]
     tokenizer = load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code)
     task = load_task(settings.task, settings.data_dir, tokenizer, batch_size=settings.evaluate.reply_batch_size)
-    reference, model = load_base(settings), merge_in_memory(load_base(settings), adapter)
+    base, model = load_base(settings), merge_in_memory(load_base(settings), adapter)
     losses = completion_losses(model, tokenizer, task.held_out)
     now, then = sum(losses) / len(losses), held_out_loss(begun)
     if not abs(now - then) <= CLOSE * then:
@@ -46,13 +47,13 @@ def add_parts(place: Workplace, run: Run, begun: Result, scales: Sequence[float]
             "remove the run's file to train it again"
         )
     start = time.perf_counter()
-    part_of_change: Parts = partial(scaled_change, reference, model)
+    part_of_change: Parts = partial(scaled_change, base, model)
     if method.dial is not None:
         read = load_texts(method.dial.texts, settings.data_dir, part="analysis")
         part_of_change = dialled_parts(method.dial, load_base(settings), adapter, tokenizer, task.held_out, read)
     parts = [
         *begun.figures.get("scaled", []),
-        *scaled_scores(settings, scales, part_of_change, tokenizer, reference, task),
+        *scaled_scores(settings, scales, part_of_change, tokenizer, RememberedModel(base), task),
     ]
     figures = {
         **begun.figures,

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loki.architecture import projections, shape_of
 from loki.evaluation.completions import completion_losses
+from loki.evaluation.remembered import RememberedModel
 from loki.evaluation.scores import ItemScores
 from loki.evaluation.text import load_texts, text_scores
 from loki.implanting.scaled_change import scaled_change
@@ -89,7 +90,7 @@ def carry_out(place: Workplace, run: Run) -> Result:
     ids = tuple(str(number) for number in range(len(losses)))
     scores = [ItemScores(HELD_OUT, "loss", ids, tuple(losses), "nats per token", higher_is_better=False)]
     if run.phase != "screen" and math.isfinite(scores[0].mean.value):
-        reference = None if method is None else load_base(settings)
+        reference = None if method is None else RememberedModel(load_base(settings))
         scores += _text_scores(settings, model, tokenizer, reference)
         answering = _answering(settings, model)
         scores += _benchmark_scores(settings, answering, tokenizer)
@@ -97,7 +98,7 @@ def carry_out(place: Workplace, run: Run) -> Result:
             scores += task.score(answering, tokenizer, silent)
         if run.phase == "whole" and settings.evaluate.scales:
             assert reference is not None
-            part_of_change = part_of_change or partial(scaled_change, reference, model)
+            part_of_change = part_of_change or partial(scaled_change, reference.model, model)
             scales = settings.evaluate.scales
             figures["scaled"] = scaled_scores(settings, scales, part_of_change, tokenizer, reference, task)
     figures |= {
@@ -124,7 +125,7 @@ def _text_scores(
     settings: StudySettings,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    reference: PreTrainedModel | None,
+    reference: RememberedModel | None,
 ) -> list[ItemScores]:
     chosen = settings.evaluate
     scores = []
@@ -167,7 +168,7 @@ def scaled_scores(
     scales: Sequence[float],
     part_of_change: Parts,
     tokenizer: PreTrainedTokenizerBase,
-    reference: PreTrainedModel,
+    reference: RememberedModel,
     task: Task,
 ) -> list[dict[str, Any]]:
     """Scores of the task and the texts with parts of the change from `reference`."""

@@ -26,10 +26,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loki.errors import InputError
+from loki.heads import inputs_only, plain_head
 from loki.provenance import digest
 from loki.training.callbacks import Row, reporters_of
 from loki.training.chunked_divergence import chunked_divergence
-from loki.training.heads import inputs_only, plain_head
 from loki.training.modes import (
     adapter_disabled,
     device_of,

@@ -12,9 +12,9 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 from trl import SFTTrainer
 
+from loki.heads import inputs_only, plain_head
 from loki.training.chunked_loss import chunked_loss
 from loki.training.encoding import IGNORED
-from loki.training.heads import inputs_only, plain_head
 
 
 class CompletionTrainer(SFTTrainer):

@@ -14,14 +14,19 @@ PLAIN_HEADS = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 """Families whose logits are the head's outputs, neither scaled nor capped."""
 
 
-def plain_head(model: Any) -> nn.Linear | None:
-    """The frozen matrix that logits come from, where there is nothing else between hidden states and logits."""
+def plain_head(model: Any, *, trained: bool = False) -> nn.Linear | None:
+    """The matrix that logits come from, where there is nothing else between hidden states and logits.
+
+    A frozen one; with `trained`, for those who want no gradient of it, also one that is not.
+    """
     head = model.get_output_embeddings() if model.config.model_type in PLAIN_HEADS else None
     if type(head) is not nn.Linear or getattr(head, "bias", None) is not None:
         return None
     weight: torch.Tensor = head.weight
     # FSDP keeps a weight in parts, which are put together only inside the model's own forward pass.
-    return None if weight.requires_grad or isinstance(weight, DTensor) else head
+    if isinstance(weight, DTensor) or (weight.requires_grad and not trained):
+        return None
+    return head
 
 
 @contextmanager
