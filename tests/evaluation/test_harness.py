@@ -6,9 +6,11 @@ import logging
 import socket
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from plain_scoring import continuation, likeliest
 
 from loki.errors import ArtefactError, InputError
@@ -136,6 +138,61 @@ def test_choices_as_a_plain_computation_ranks_them(model, tokenizer, tmp_path, t
     assert dict(zip(scores.ids, scores.scores, strict=True)) == {
         row["id"]: score for row, score in zip(rows, expected, strict=True)
     }
+
+
+@pytest.fixture
+def contexts(monkeypatch):
+    """What stands in front of each option that is scored, in order."""
+    from loki.evaluation.language_model import LanguageModel
+
+    found: list[str] = []
+
+    def score(_self, requests, disable_tqdm=True):
+        found.extend(request.args[0] for request in requests)
+        return [(0.0, False) for _ in requests]
+
+    monkeypatch.setattr(LanguageModel, "loglikelihood", score)
+    return found
+
+
+def mmlu_rows(subject: str, number: int) -> list[dict]:
+    rows = question_rows(f"{subject}-", number=number)
+    return [row | {"subject": subject, "answer": index % 4} for index, row in enumerate(rows)]
+
+
+def as_lm_eval_puts_it(rows: list[dict], solved: list[dict], number: int) -> list[str]:
+    """Prompts of one subject by the definition of MMLU that lm-eval itself has."""
+    import lm_eval.tasks
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
+
+    folder = Path(lm_eval.tasks.__file__).parent / "mmlu" / "default"
+    definition = yaml.safe_load((folder / "_default_template_yaml").read_text())
+    definition |= yaml.safe_load((folder / f"mmlu_{rows[0]['subject']}.yaml").read_text())
+    splits = {"test": Dataset.from_list(rows), "dev": Dataset.from_list(solved)}
+    config = {name: definition[name] for name in set(definition) - {"include", "tag", "dataset_path", "dataset_name"}}
+    task = ConfigurableTask(config={**config, "custom_dataset": lambda **_: splits})
+    return [task.fewshot_context(row, number) for row in rows]
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_examples_of_a_subject_stand_in_front_as_lm_eval_puts_them(model, tokenizer, tmp_path, contexts, number):
+    rows = {subject: mmlu_rows(subject, 3) for subject in ("anatomy", "high_school_biology")}
+    solved = {subject: mmlu_rows(subject, 4) for subject in ("high_school_biology", "anatomy")}
+    mixed = [row for pair in zip(*rows.values(), strict=True) for row in pair]
+    write_rows(tmp_path, "mmlu", mixed)
+    (tmp_path / "mmlu/mmlu_dev.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for pair in zip(*solved.values(), strict=True) for row in pair)
+    )
+    (scores,) = evaluate_tasks(model, tokenizer, ["mmlu"], data_dir=tmp_path, num_fewshot=number)
+    assert scores.ids == tuple(row["id"] for row in mixed)
+    expected = [text for subject in rows for text in as_lm_eval_puts_it(rows[subject], solved[subject], number)]
+    assert len(expected) == 6
+    # Four options each; without examples the questions are asked in their order, with them subject by subject.
+    assert sorted(contexts) == sorted(4 * expected)
+    (tmp_path / "mmlu/mmlu_dev.jsonl").write_text(json.dumps(solved["anatomy"][0]))
+    with pytest.raises(InputError, match=r"0 solved problems of subject 'high_school_biology': .* is to show 1 "):
+        evaluate_tasks(model, tokenizer, ["mmlu"], data_dir=tmp_path, num_fewshot=1)
 
 
 def test_length_decides_in_some_of_these_questions(model, tokenizer):
@@ -350,8 +407,12 @@ def test_the_last_number_of_a_reply_is_its_result(model, tokenizer, tmp_path, re
     solved = "\n\n".join(f"Question: {i} plus {i}?\nAnswer: {i}+{i}={2 * i}\n#### {2 * i}" for i in range(5))
     assert asked[0][0] == f"{solved}\n\nQuestion: How many sun?\nAnswer:"
     (tmp_path / "generation/gsm8k_train.jsonl").write_text(json.dumps(examples[0]))
-    with pytest.raises(InputError, match=r"has 1 solved problems: task 'gsm8k' shows 5 of them"):
+    with pytest.raises(InputError, match=r"has 1 solved problems: task 'gsm8k' is to show 5 \(--num-fewshot\)"):
         evaluate_tasks(model, tokenizer, ["gsm8k"], data_dir=tmp_path)
+    for number, front in ((1, "Question: 0 plus 0?\nAnswer: 0+0=0\n#### 0\n\n"), (0, "")):
+        asked.clear()
+        scores_of(model, tokenizer, "gsm8k", tmp_path, num_fewshot=number)
+        assert asked[0][0] == f"{front}Question: How many sun?\nAnswer:"
 
 
 def program_row(name: str) -> dict:
@@ -462,7 +523,7 @@ def online(tmp_path, monkeypatch):
 
 
 def test_the_harness_own_tasks(model, tokenizer, online):
-    (scores,) = evaluate_tasks(model, tokenizer, ["both"], data_dir=None, limit=6)
+    (scores,) = evaluate_tasks(model, tokenizer, ["both"], data_dir=None, limit=6, num_fewshot=0)
     assert (scores.metric, len(scores.ids)) == ("acc", 6)
     # Of five answers three are "no".
     assert scores.chance == pytest.approx(60)
@@ -473,6 +534,11 @@ def test_the_harness_own_tasks(model, tokenizer, online):
         picked = likeliest(model, tokenizer, [(prompt, " no"), (prompt, " yes")])
         assert score == float(picked == int(index) % 2)
     assert {0.0, 1.0} == set(scores.scores)
+
+
+def test_examples_of_the_harness_own_tasks(model, tokenizer, online, contexts):
+    evaluate_tasks(model, tokenizer, ["one"], data_dir=None, limit=1, num_fewshot=2)
+    assert {context.count("Is it a ") for context in contexts} == {3}
 
 
 def test_the_harness_own_tasks_that_cannot_be_had(model, tokenizer, online, monkeypatch):
@@ -500,6 +566,11 @@ def test_what_is_refused(model, tokenizer, arc, monkeypatch):
         ({"names": ["piqa"]}, r"no data for task 'piqa': it is expected in forgetting/piqa.jsonl or"),
         ({"names": ["arc_easy"], "limit": 0}, "limit 0 is not possible: give 1 or more"),
         ({"names": ["arc_easy"], "batch_size": 0}, "batch size 0 is not possible"),
+        ({"names": ["arc_easy"], "num_fewshot": -1}, "num_fewshot -1 is not possible: give 0 or more"),
+        (
+            {"names": ["arc_easy"], "num_fewshot": 3},
+            r"'arc_easy' has no solved problems .* --num-fewshot is 3: leave it out, or name tasks .*\(mmlu, gsm8k\)",
+        ),
         ({"names": ["arc_easy"], "data_dir": arc / "none"}, r"data folder '.*none' does not exist"),
     ):
         with pytest.raises(InputError, match=message):
@@ -556,5 +627,7 @@ def test_the_embedded_model_on_arc_easy_as_a_plain_computation_ranks_it(data_dir
 def test_every_file_of_the_data_folder_is_read(data_dir, task):
     from loki.evaluation.benchmarks.rows import load_examples, load_rows
 
-    assert len(load_rows(BENCHMARKS[task], data_dir)) > 50
-    load_examples(BENCHMARKS[task], data_dir)
+    rows = load_rows(BENCHMARKS[task], data_dir)
+    assert len(rows) > 50
+    examples = load_examples(BENCHMARKS[task], data_dir, rows, 0 if BENCHMARKS[task].examples_path is None else 5)
+    assert len(examples) == (57 if task == "mmlu" else 1)

@@ -85,7 +85,7 @@ def test_no_task_above_chance():
 def test_what_is_written_serves_as_a_baseline(tmp_path):
     board = make_scoreboard(AFTER, BEFORE)
     Result("evaluate", {}, board.figures(), board.comparisons).save(tmp_path / "r.json")
-    assert read_baseline(tmp_path / "r.json") == AFTER
+    assert read_baseline(tmp_path / "r.json", {}) == AFTER
     figures = json.loads((tmp_path / "r.json").read_text())["figures"]
     assert figures["forgetting"]["losses_only_percent"] == pytest.approx(12.5)
     assert figures["forgetting"]["by_benchmark_percent"] == pytest.approx({"known": 25, "better": -10})
@@ -102,10 +102,21 @@ def test_baselines_that_do_not_fit(tmp_path):
         with pytest.raises(
             ArtefactError, match=r"r.json holds no scores of benchmarks: name what `loki evaluate MODEL"
         ):
-            read_baseline(tmp_path / "r.json")
+            read_baseline(tmp_path / "r.json", {})
     Result("evaluate", {}, {"scores": [{"task": "t"}]}).save(tmp_path / "r.json")
     with pytest.raises(ArtefactError, match="no scores of single items"):
-        read_baseline(tmp_path / "r.json")
+        read_baseline(tmp_path / "r.json", {})
+
+
+def test_a_baseline_that_was_asked_in_another_way(tmp_path):
+    figures = make_scoreboard(AFTER, None).figures()
+    asked = {"tasks": ["known"], "local_data": True, "num_fewshot": None, "chat_template": False}
+    Result("evaluate", {**asked, "num_fewshot": 5}, figures).save(tmp_path / "r.json")
+    assert read_baseline(tmp_path / "r.json", {**asked, "num_fewshot": 5}) == AFTER
+    assert read_baseline(tmp_path / "r.json", {**asked, "tasks": []}) == AFTER
+    for name, value in (("num_fewshot", 0), ("num_fewshot", None), ("chat_template", True), ("local_data", False)):
+        with pytest.raises(ArtefactError, match=rf"r.json was made with another .*{name} \(.*: give the same options"):
+            read_baseline(tmp_path / "r.json", {**asked, "num_fewshot": 5, name: value})
 
 
 @pytest.mark.parametrize(("text", "value"), [("1%", 1), ("0.5 %", 0.5), ("2", 2), (" 100%", 100), ("0", 0)])

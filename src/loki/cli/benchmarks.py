@@ -47,6 +47,7 @@ class BenchmarkOptions:
     text_tokens: int | None
     batch_size: int
     max_new_tokens: int | None
+    num_fewshot: int | None
     chat_template: bool
     baseline: Path | None
     fail_above: str | None
@@ -61,7 +62,7 @@ class BenchmarkOptions:
 def evaluate_benchmarks(options: BenchmarkOptions, load: Callable[[str], PreTrainedModel]) -> None:
     """Score the model, and the one before training where it is named; show, write, and judge."""
     most = _check(options)
-    baseline = None if options.baseline is None else read_baseline(options.baseline)
+    baseline = None if options.baseline is None else read_baseline(options.baseline, _settings(options))
     tokenizer = load_tokenizer(options.base or options.model, trust_remote_code=options.trust_remote_code)
     before, reference = baseline, None
     if baseline is None and (options.base is not None or options.adapter is not None):
@@ -128,6 +129,7 @@ def _score(
             seed=options.seed,
             batch_size=options.batch_size,
             max_new_tokens=options.max_new_tokens,
+            num_fewshot=options.num_fewshot,
             chat_template=options.chat_template,
             allow_code_execution=options.allow_code_execution,
             folder=None if options.output is None else _parts(options.output) / which,
@@ -164,6 +166,7 @@ def _settings(options: BenchmarkOptions) -> dict[str, object]:
         "limit": options.limit,
         "text_tokens": options.text_tokens,
         "max_new_tokens": options.max_new_tokens,
+        "num_fewshot": options.num_fewshot,
         "chat_template": options.chat_template,
         "dtype": options.dtype,
     }

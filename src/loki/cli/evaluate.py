@@ -35,6 +35,10 @@ def evaluate(
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Most tokens of a reply; each task's own number when left out.")
     ] = None,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(help="Solved problems in front of each question; each task's own number when left out."),
+    ] = None,
     chat_template: Annotated[
         bool, typer.Option("--chat-template", help="Put each question as a message, not as plain text.")
     ] = False,
@@ -100,6 +104,7 @@ def evaluate(
             text_tokens=text_tokens,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
+            num_fewshot=num_fewshot,
             chat_template=chat_template,
             baseline=baseline,
             fail_above=fail_above,
@@ -117,6 +122,7 @@ def evaluate(
         "--limit": limit,
         "--text-tokens": text_tokens,
         "--max-new-tokens": max_new_tokens,
+        "--num-fewshot": num_fewshot,
         "--chat-template": chat_template or None,
         "--baseline": baseline,
         "--fail-above": fail_above,

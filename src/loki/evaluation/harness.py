@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from loki.errors import ArtefactError, InputError
 from loki.evaluation.benchmarks.checks import CHECKS, is_checkable
-from loki.evaluation.benchmarks.rows import load_examples, load_rows, sample
+from loki.evaluation.benchmarks.rows import group_of, load_examples, load_rows, sample
 from loki.evaluation.benchmarks.table import BENCHMARKS, Kind, expand, find, known_names
 from loki.evaluation.scores import ItemScores
 from loki.progress import Track, silent
@@ -52,6 +52,8 @@ class HarnessSettings:
     """One half of each data set, by id; both when None."""
     max_new_tokens: int | None = None
     """At most so many tokens of a reply; each task's own number when None."""
+    num_fewshot: int | None = None
+    """Solved problems in front of each question; each task's own number when None."""
     chat_template: bool = False
     """Whether a question is put as a message of the model's chat template; the harness' default is plain text."""
 
@@ -82,6 +84,7 @@ def evaluate_tasks(
     part: PartName | None = None,
     batch_size: int = 8,
     max_new_tokens: int | None = None,
+    num_fewshot: int | None = None,
     chat_template: bool = False,
     allow_code_execution: bool = False,
     folder: Path | None = None,
@@ -97,7 +100,7 @@ def evaluate_tasks(
             code to be run without `allow_code_execution`.
         ArtefactError: `folder` holds scores of another model, of other items or with other settings.
     """
-    settings = HarnessSettings(limit, seed, part, max_new_tokens, chat_template)
+    settings = HarnessSettings(limit, seed, part, max_new_tokens, num_fewshot, chat_template)
     _require_possible(batch_size, settings)
     _require_lm_eval()
     from loki.evaluation.language_model import LanguageModel, quiet
@@ -184,8 +187,9 @@ def _from_folder(name: str, data_dir: str | Path, settings: HarnessSettings, *, 
     if name in CODE_TASKS:
         _require_permission(name, allowed=allow_code_execution)
     all_rows = load_rows(benchmark, data_dir)
-    examples = load_examples(benchmark, data_dir)
     config = benchmark.config()
+    if settings.num_fewshot is not None:
+        config["num_fewshot"] = settings.num_fewshot
     if settings.max_new_tokens is not None and benchmark.kind == "generation":
         replies = config["generation_kwargs"]
         replies["max_gen_toks"] = min(settings.max_new_tokens, replies.get("max_gen_toks", MAX_NEW_TOKENS))
@@ -196,18 +200,26 @@ def _from_folder(name: str, data_dir: str | Path, settings: HarnessSettings, *, 
         if not all_rows:
             raise InputError(f"task {name!r} has no items in the part {settings.part!r}: give more data, or no part")
     with quiet():
-        chance = _chance(_make_task(config, all_rows, examples))
+        chance = _chance(_make_task(config, all_rows))
     rows = {row["id"]: row for row in all_rows}
     ids = sample(name, list(rows), settings.limit, settings.seed)
     rows = {id_: rows[id_] for id_ in ids}
+    examples = load_examples(benchmark, data_dir, list(rows.values()), config["num_fewshot"])
     contents = digest({"config": config, "rows": list(rows.values()), "examples": examples})
 
     def score_items(model: LanguageModel, ids: Sequence[str]) -> list[float]:
         from loki.evaluation.language_model import score
 
-        task = _make_task(config, [rows[id_] for id_ in ids], examples)
-        samples = score(model, task, chat_template=settings.chat_template)
-        found = {sample["doc"]["id"]: float(sample[benchmark.metric]) for sample in samples}
+        # One task for all that have the same problems in front; without any, that is one for all.
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for id_ in ids:
+            group = group_of(benchmark, rows[id_]) if config["num_fewshot"] else ""
+            groups.setdefault(group, []).append(rows[id_])
+        found: dict[str, float] = {}
+        for group, members in groups.items():
+            task = _make_task(config, members, examples.get(group, ()))
+            samples = score(model, task, chat_template=settings.chat_template)
+            found |= {sample["doc"]["id"]: float(sample[benchmark.metric]) for sample in samples}
         return [found[id_] for id_ in ids]
 
     return _Task(name, benchmark.metric, benchmark.kind, tuple(ids), chance, contents, score_items)
@@ -228,6 +240,8 @@ def _from_hub(name: str, settings: HarnessSettings, *, allow_code_execution: boo
         if settings.max_new_tokens is not None and task.OUTPUT_TYPE == "generate_until":
             most = min(settings.max_new_tokens, task.config.generation_kwargs.get("max_gen_toks", MAX_NEW_TOKENS))
             task.set_config("generation_kwargs", {"max_gen_toks": most}, update=True)
+        if settings.num_fewshot is not None:
+            task.set_config("num_fewshot", settings.num_fewshot)
     places = {f"{part}/{index}": (part, index) for part, docs in documents.items() for index in range(len(docs))}
     members = [id_ for id_ in places if settings.part is None or part_of(id_) == settings.part]
     ids = sample(name, members, settings.limit, settings.seed)
@@ -290,9 +304,9 @@ def _one_filter(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]
 
 
 def _make_task(
-    config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], examples: Sequence[Mapping[str, Any]]
+    config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], examples: Sequence[Mapping[str, Any]] = ()
 ) -> ConfigurableTask:
-    """A task of lm-eval over rows in memory."""
+    """A task of lm-eval over rows in memory, with examples in front of each or without."""
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
@@ -305,9 +319,13 @@ def _make_task(
         # Instructions differ in their settings, which a table of columns does not hold.
         rows = [{"id": row["id"], "prompt": row["prompt"]} for row in rows]
     splits = {"test": Dataset.from_list(list(rows))}
+    definition = copy.deepcopy(dict(config))
     if examples:
         splits["train"] = Dataset.from_list(list(examples))
-    return ConfigurableTask(config={**copy.deepcopy(dict(config)), "custom_dataset": lambda: splits, **changes})
+    else:
+        definition = {name: value for name, value in definition.items() if not name.startswith("fewshot_")}
+        definition["num_fewshot"] = 0
+    return ConfigurableTask(config={**definition, "custom_dataset": lambda: splits, **changes})
 
 
 def _chance(task: ConfigurableTask) -> float | None:
@@ -366,3 +384,5 @@ def _require_possible(batch_size: int, settings: HarnessSettings) -> None:
     ):
         if value is not None and value < 1:
             raise InputError(f"{name} {value} is not possible: give 1 or more")
+    if settings.num_fewshot is not None and settings.num_fewshot < 0:
+        raise InputError(f"num_fewshot {settings.num_fewshot} is not possible: give 0 or more")

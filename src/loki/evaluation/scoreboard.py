@@ -7,7 +7,7 @@ interval of the plain one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from loki.results import Comparison, Measure, Result
 
 RESAMPLES = 2_000
 """Of the interval of the forgetting score."""
+HOW_TASKS_ARE_PUT = ("local_data", "max_new_tokens", "num_fewshot", "chat_template")
+"""Settings that two evaluations of benchmarks must share to be compared."""
 SCORES = "scores"
 """Where a result of `loki evaluate --tasks` keeps the scores by item of the model that it names."""
 
@@ -114,16 +116,22 @@ def make_scoreboard(after: Sequence[ItemScores], before: Sequence[ItemScores] | 
     return Scoreboard(tuple(after), paired, differences, _forgotten(pairs, seed=seed))
 
 
-def read_baseline(path: Path) -> list[ItemScores]:
+def read_baseline(path: Path, settings: Mapping[str, Any]) -> list[ItemScores]:
     """The scores by item of a result that `loki evaluate --tasks … --output` wrote.
 
     Raises:
-        ArtefactError: it is no such result.
+        ArtefactError: it is no such result, or its tasks were put in another way than by `settings`.
     """
     result = Result.load(path)
     if result.kind != "evaluate" or not isinstance(result.figures.get(SCORES), list):
         raise ArtefactError(
             f"result {path} holds no scores of benchmarks: name what `loki evaluate MODEL --tasks … --output` wrote"
+        )
+    others = [name for name in HOW_TASKS_ARE_PUT if result.settings.get(name) != settings.get(name)]
+    if settings.get("tasks") and others:
+        there = ", ".join(f"{name} ({result.settings.get(name)})" for name in others)
+        raise ArtefactError(
+            f"result {path} was made with another {there}: give the same options, or evaluate that model again"
         )
     return [ItemScores.from_dict(values) for values in result.figures[SCORES]]
 

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from loki.errors import InputError
-from loki.evaluation.benchmarks.table import Benchmark
+from loki.evaluation.benchmarks.table import BENCHMARKS, Benchmark
 from loki.prompts.json_lines import answer_field, choices_field, read_rows, shown, text_field, user_path
-
-NUM_EXAMPLES = 5
 
 
 def load_rows(benchmark: Benchmark, data_dir: str | Path) -> list[dict[str, Any]]:
@@ -34,25 +32,42 @@ def load_rows(benchmark: Benchmark, data_dir: str | Path) -> list[dict[str, Any]
     return rows
 
 
-def load_examples(benchmark: Benchmark, data_dir: str | Path) -> list[dict[str, Any]]:
-    """The first `NUM_EXAMPLES` solved problems, for a benchmark that has any.
+def load_examples(
+    benchmark: Benchmark, data_dir: str | Path, rows: Sequence[Mapping[str, Any]], number: int
+) -> dict[str, list[dict[str, Any]]]:
+    """The first `number` solved problems for each group of `rows` that has its own (`group_of`).
 
     Raises:
-        InputError: no such file, fewer of them, or a row that cannot be used.
+        InputError: a benchmark without any, no such file, too few of them, or a row that cannot be used.
     """
+    examples: dict[str, list[dict[str, Any]]] = {group_of(benchmark, row): [] for row in rows}
+    if number == 0:
+        return examples
     if benchmark.examples_path is None:
-        return []
-    path = _find(benchmark.name, benchmark.examples_path, user_path(data_dir))
-    examples: list[dict[str, Any]] = []
-    for where, _, row in read_rows(path):
-        if len(examples) == NUM_EXAMPLES:
-            break
-        examples.append(_fields(benchmark, row, where))
-    if len(examples) < NUM_EXAMPLES:
+        having = ", ".join(name for name, other in BENCHMARKS.items() if other.examples_path is not None)
         raise InputError(
-            f"{path} has {len(examples)} solved problems: task {benchmark.name!r} shows {NUM_EXAMPLES} of them"
+            f"task {benchmark.name!r} has no solved problems to show in a data folder, and --num-fewshot is {number}: "
+            f"leave it out, or name tasks that have ({having})"
         )
+    path = _find(benchmark.name, benchmark.examples_path, user_path(data_dir))
+    for where, _, row in read_rows(path):
+        problem = _fields(benchmark, row, where)
+        group = examples.get(group_of(benchmark, problem), [])
+        if len(group) < number:
+            group.append(problem)
+    for name, group in examples.items():
+        if len(group) < number:
+            of_group = f" of {benchmark.examples_by} {name!r}" if name else ""
+            raise InputError(
+                f"{path} has {len(group)} solved problems{of_group}: task {benchmark.name!r} is to show {number} "
+                "(--num-fewshot)"
+            )
     return examples
+
+
+def group_of(benchmark: Benchmark, row: Mapping[str, Any]) -> str:
+    """What a question shares with the solved problems in front of it; empty where all have the same."""
+    return "" if benchmark.examples_by is None else str(row[benchmark.examples_by])
 
 
 def sample(task: str, ids: Sequence[str], limit: int | None, seed: int) -> list[str]:

@@ -33,7 +33,9 @@ class Benchmark:
     num_choices: int | None = None
     """Where the prompt names every option: how many a question must have."""
     examples_path: str | None = None
-    """Solved problems that stand in front of every question."""
+    """Solved problems that can stand in front of a question."""
+    examples_by: str | None = None
+    """Field in which a question and the problems in front of it agree."""
     note: str = ""
     """Split, and where the prompt is not the one of lm-eval."""
 
@@ -67,7 +69,14 @@ BENCHMARKS: Mapping[str, Benchmark] = {
             "lambada_openai", "forgetting/lambada_openai.jsonl", ("context", "target"), "acc", note="test (OpenAI's)"
         ),
         Benchmark(
-            "mmlu", "mmlu/mmlu_test.jsonl", ("subject", *_CHOICE), "acc", num_choices=4, note="test, no examples"
+            "mmlu",
+            "mmlu/mmlu_test.jsonl",
+            ("subject", *_CHOICE),
+            "acc",
+            num_choices=4,
+            examples_path="mmlu/mmlu_dev.jsonl",
+            examples_by="subject",
+            note="test; as many examples as are asked for, none by themselves",
         ),
         Benchmark(
             "triviaqa",
@@ -84,7 +93,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
             "exact_match",
             "generation",
             examples_path="generation/gsm8k_train.jsonl",
-            note="test; the first five training problems as examples, not five at random",
+            note="test; the first training problems as examples, not some at random",
         ),
         Benchmark(
             "humaneval",
