@@ -32,7 +32,8 @@ def plain(model, tokenizer, text, reference=None):
 
 def test_parity_with_one_prefix_at_a_time(model, tokenizer):
     reference = make_model(seed=5)
-    loss, kl = text_scores(model, tokenizer, "own", TEXTS[:2], reference=reference)
+    (loss, kl), (before,) = text_scores(model, tokenizer, "own", TEXTS[:2], reference=reference)
+    assert before == text_scores(reference, tokenizer, "own", TEXTS[:2]).model[0]
     assert (loss.task, kl.task) == ("own_loss", "own_kl")
     assert loss.unit == kl.unit == "nats per token"
     assert not loss.higher_is_better
@@ -45,14 +46,14 @@ def test_parity_with_one_prefix_at_a_time(model, tokenizer):
 
 
 def test_a_model_does_not_diverge_from_itself(model, tokenizer):
-    _, kl = text_scores(model, tokenizer, "own", TEXTS[:2], reference=model)
+    (_, kl), _ = text_scores(model, tokenizer, "own", TEXTS[:2], reference=model)
     assert kl.scores == (0.0, 0.0)
 
 
 def test_pieces_of_rows_change_nothing(model, tokenizer, monkeypatch):
-    whole = text_scores(model, tokenizer, "own", TEXTS[:2], reference=make_model(seed=5))
+    whole = text_scores(model, tokenizer, "own", TEXTS[:2], reference=make_model(seed=5)).model
     monkeypatch.setattr("loki.evaluation.text.ROWS_AT_ONCE", 2)
-    parts = text_scores(model, tokenizer, "own", TEXTS[:2], reference=make_model(seed=5))
+    parts = text_scores(model, tokenizer, "own", TEXTS[:2], reference=make_model(seed=5)).model
     for one, other in zip(whole, parts, strict=True):
         assert one.scores == pytest.approx(other.scores, rel=1e-6)
 
@@ -60,7 +61,7 @@ def test_pieces_of_rows_change_nothing(model, tokenizer, monkeypatch):
 def test_windows_are_read_on_their_own(model, tokenizer):
     text = TEXTS[0].text
     ids = tokenizer(text).input_ids
-    (found,) = text_scores(model, tokenizer, "own", TEXTS[:1], window=4)
+    (found,) = text_scores(model, tokenizer, "own", TEXTS[:1], window=4).model
     starts = [start for start in range(0, len(ids), 4) if len(ids[start : start + 4]) > 1]
     assert found.ids == tuple(f"a/{number}" for number in range(len(starts)))
     assert found.weights == tuple(len(ids[start : start + 4]) - 1 for start in starts)
@@ -71,7 +72,7 @@ def test_windows_are_read_on_their_own(model, tokenizer):
 
 
 def test_a_text_of_one_token_has_nothing_to_predict(model, tokenizer):
-    (found,) = text_scores(model, tokenizer, "own", [Text("c", ""), TEXTS[1]])
+    (found,) = text_scores(model, tokenizer, "own", [Text("c", ""), TEXTS[1]]).model
     assert found.ids == ("b/0",)
     with pytest.raises(InputError, match="has no two tokens in a row: give longer texts"):
         text_scores(model, tokenizer, "own", [Text("c", "")])
@@ -80,15 +81,15 @@ def test_a_text_of_one_token_has_nothing_to_predict(model, tokenizer):
 def test_max_tokens_takes_windows_until_there_are_enough(model, tokenizer):
     texts = [Text(str(number), TEXTS[0].text) for number in range(10)]
     length = len(tokenizer(TEXTS[0].text).input_ids) - 1
-    (found,) = text_scores(model, tokenizer, "own", texts, max_tokens=2 * length + 1)
+    (found,) = text_scores(model, tokenizer, "own", texts, max_tokens=2 * length + 1).model
     assert len(found.ids) == 3
-    (again,) = text_scores(model, tokenizer, "own", texts, max_tokens=2 * length + 1)
+    (again,) = text_scores(model, tokenizer, "own", texts, max_tokens=2 * length + 1).model
     assert again.ids == found.ids
-    (other,) = text_scores(model, tokenizer, "own", texts, max_tokens=2 * length + 1, seed=1)
+    (other,) = text_scores(model, tokenizer, "own", texts, max_tokens=2 * length + 1, seed=1).model
     assert other.ids != found.ids
-    (more,) = text_scores(model, tokenizer, "own", texts, max_tokens=3 * length + 1)
+    (more,) = text_scores(model, tokenizer, "own", texts, max_tokens=3 * length + 1).model
     assert more.ids[:3] == found.ids
-    (everything,) = text_scores(model, tokenizer, "own", texts, max_tokens=10**6)
+    (everything,) = text_scores(model, tokenizer, "own", texts, max_tokens=10**6).model
     assert len(everything.ids) == 10
 
 
@@ -147,5 +148,5 @@ def test_loss_is_the_logarithm_of_perplexity(model, tokenizer):
     """A model without any preference predicts one token in V."""
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    (found,) = text_scores(model, tokenizer, "own", TEXTS[:2])
+    (found,) = text_scores(model, tokenizer, "own", TEXTS[:2]).model
     assert math.exp(found.mean.value) == pytest.approx(model.config.vocab_size, rel=1e-5)

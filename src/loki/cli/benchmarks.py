@@ -62,16 +62,31 @@ class BenchmarkOptions:
 def evaluate_benchmarks(options: BenchmarkOptions, load: Callable[[str], PreTrainedModel]) -> None:
     """Score the model, and the one before training where it is named; show, write, and judge."""
     most = _check(options)
-    baseline = None if options.baseline is None else read_baseline(options.baseline, _settings(options))
+    before = None if options.baseline is None else read_baseline(options.baseline, _settings(options))
+    texts = {name: load_texts(name, options.data_dir) for name in options.texts}
     tokenizer = load_tokenizer(options.base or options.model, trust_remote_code=options.trust_remote_code)
-    before, reference = baseline, None
-    if baseline is None and (options.base is not None or options.adapter is not None):
+    reference = None
+    if before is None and (options.base is not None or options.adapter is not None):
         reference = load(options.base or options.model)
-        before = _score(options, reference, tokenizer, None, "before")
+        before = _task_scores(options, reference, tokenizer, "before")
     model = load(options.model)
     if options.adapter is not None:
         model = merge_in_memory(model, options.adapter)
-    after = _score(options, model, tokenizer, reference, "after")
+    after = _task_scores(options, model, tokenizer, "after")
+    for name, rows in texts.items():
+        read = text_scores(
+            model,
+            tokenizer,
+            Path(name).stem,
+            rows,
+            reference=reference,
+            max_tokens=options.text_tokens,
+            seed=options.seed,
+            track=track,
+        )
+        after += read.model
+        if before is not None:
+            before += read.reference
     board = make_scoreboard(after, before, seed=options.seed)
     result = Result("evaluate", _settings(options), board.figures(), board.comparisons, options.seed, _label(options))
     if options.output is not None:
@@ -110,43 +125,26 @@ def _check(options: BenchmarkOptions) -> float | None:
     return most
 
 
-def _score(
-    options: BenchmarkOptions,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    reference: PreTrainedModel | None,
-    which: str,
+def _task_scores(
+    options: BenchmarkOptions, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, which: str
 ) -> list[ItemScores]:
-    scores: list[ItemScores] = []
-    texts = {name: load_texts(name, options.data_dir) for name in options.texts}
-    if options.tasks:
-        scores += evaluate_tasks(
-            model,
-            tokenizer,
-            options.tasks,
-            data_dir=options.data_dir,
-            limit=options.limit,
-            seed=options.seed,
-            batch_size=options.batch_size,
-            max_new_tokens=options.max_new_tokens,
-            num_fewshot=options.num_fewshot,
-            chat_template=options.chat_template,
-            allow_code_execution=options.allow_code_execution,
-            folder=None if options.output is None else _parts(options.output) / which,
-            track=track,
-        )
-    for name, rows in texts.items():
-        scores += text_scores(
-            model,
-            tokenizer,
-            Path(name).stem,
-            rows,
-            reference=reference,
-            max_tokens=options.text_tokens,
-            seed=options.seed,
-            track=track,
-        )
-    return scores
+    if not options.tasks:
+        return []
+    return evaluate_tasks(
+        model,
+        tokenizer,
+        options.tasks,
+        data_dir=options.data_dir,
+        limit=options.limit,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+        num_fewshot=options.num_fewshot,
+        chat_template=options.chat_template,
+        allow_code_execution=options.allow_code_execution,
+        folder=None if options.output is None else _parts(options.output) / which,
+        track=track,
+    )
 
 
 def _parts(output: Path) -> Path:

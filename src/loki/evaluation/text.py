@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -47,7 +47,18 @@ class Movement:
     """Negative log-likelihood."""
     kl: float | None
     """KL(reference ‖ model), where there is a reference."""
+    reference_loss: float | None
+    """Negative log-likelihood by the reference."""
     num_tokens: int
+
+
+class TextScores(NamedTuple):
+    """What was read of one corpus by a model, and on the way by its reference."""
+
+    model: list[ItemScores]
+    """Loss, and with a reference the divergence from it."""
+    reference: list[ItemScores]
+    """Loss; empty without a reference."""
 
 
 def load_texts(name: str, data_dir: Path | None = None, *, part: PartName | None = None) -> list[Text]:
@@ -84,7 +95,7 @@ def text_scores(
     max_tokens: int | None = None,
     seed: int = 0,
     track: Track = silent,
-) -> list[ItemScores]:
+) -> TextScores:
     """Per-token loss of a corpus, and with `reference` the mean KL(reference ‖ model) over the same tokens.
 
     Items are windows of at most `window` tokens, each read on its own; its first token is not predicted. With
@@ -99,12 +110,17 @@ def text_scores(
     moved = [measure(model, ids_T, reference=reference) for _, ids_T in track(windows, f"reading {name}")]
     ids = tuple(id_ for id_, _ in windows)
     weights = tuple(float(part.num_tokens) for part in moved)
-    losses = tuple(part.loss / part.num_tokens for part in moved)
-    scores = [ItemScores(f"{name}_loss", "loss", ids, losses, "nats per token", False, weights=weights)]
+
+    def scores(metric: str, sums: Sequence[float]) -> ItemScores:
+        means = tuple(total / number for total, number in zip(sums, weights, strict=True))
+        return ItemScores(f"{name}_{metric}", metric, ids, means, "nats per token", False, weights=weights)
+
+    found = TextScores([scores("loss", [part.loss for part in moved])], [])
     if reference is not None:
-        kls = tuple(part.kl / part.num_tokens for part in moved if part.kl is not None)
-        scores.append(ItemScores(f"{name}_kl", "kl", ids, kls, "nats per token", False, weights=weights))
-    return scores
+        found.model.append(scores("kl", [part.kl for part in moved if part.kl is not None]))
+        losses = [part.reference_loss for part in moved if part.reference_loss is not None]
+        found.reference.append(scores("loss", losses))
+    return found
 
 
 def text_windows(
@@ -147,15 +163,19 @@ def measure(
     now_TV = _scores_of_next(model, ids_T)
     base_TV = None if reference is None else _scores_of_next(reference, ids_T).to(now_TV.device)
     targets_T = ids_T[1:].to(now_TV.device)
-    loss = divergence = 0.0
+    loss = divergence = base_loss = 0.0
     for start in range(0, len(targets_T), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
         now = now_TV[rows].float().log_softmax(-1)
-        loss -= float(now.gather(-1, targets_T[rows, None]).sum(dtype=torch.float64))
+        targets = targets_T[rows, None]
+        loss -= float(now.gather(-1, targets).sum(dtype=torch.float64))
         if base_TV is not None:
             base = base_TV[rows].float().log_softmax(-1)
+            base_loss -= float(base.gather(-1, targets).sum(dtype=torch.float64))
             divergence += float((base.exp() * (base - now)).sum(dtype=torch.float64))
-    return Movement(loss, None if base_TV is None else divergence, len(targets_T))
+    if base_TV is None:
+        return Movement(loss, None, None, len(targets_T))
+    return Movement(loss, divergence, base_loss, len(targets_T))
 
 
 def _some(windows: list[tuple[str, torch.Tensor]], max_tokens: int, seed: int) -> list[tuple[str, torch.Tensor]]:

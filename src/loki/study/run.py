@@ -133,7 +133,7 @@ def _text_scores(
         texts = load_texts(name, settings.data_dir, part="evaluation")
         scores += text_scores(
             model, tokenizer, name, texts, reference=reference, window=chosen.window, max_tokens=num_tokens
-        )
+        ).model
     return scores
 
 
