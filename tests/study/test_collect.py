@@ -104,8 +104,17 @@ def test_forgetting_counts_benchmarks_above_chance_only(settings, results, full)
     assert figures["task"] == "calls"
 
 
-def test_costs_are_medians_over_seeds_and_time_is_counted(settings, results, full):
-    assert full["costs"] == {"num_trainable": 7, "seconds_per_step": 54.0}
+def test_costs_of_a_step_are_those_of_the_fastest_run(settings, results, full):
+    assert full["costs"] == {"num_trainable": 7, "seconds_per_step": 27.0}
+    # A short run of 2 steps where the whole ones have 8, and one of another method.
+    short = run_result([held_out(2.0)], train_seconds=40.0)
+    other = run_result([held_out(2.0)], train_seconds=2.0)
+    more = results | {Run("full", "screen", 1e-3): short, Run("rows", "screen", 1e-3): other}
+    (method,) = collect(settings, more).figures["methods"]
+    assert method["costs"]["seconds_per_step"] == 20.0
+
+
+def test_time_is_counted(settings, results):
     figures = collect(settings, results).figures
     assert figures["num_runs"] == 6
     assert figures["hours"] == pytest.approx((6 * 36 + 8 * (27 + 81)) / 3600, abs=0.005)

@@ -19,7 +19,7 @@ from loki.study.finished import FinishedRuns, scaled_scores_of, scores_of, toget
 from loki.study.plan import BASE, Run, screens
 from loki.study.settings import StudySettings
 
-COSTS = ("num_trainable", "seconds_per_step", "peak_memory_mib", "saved_bytes")
+COSTS = ("num_trainable", "peak_memory_mib", "saved_bytes")
 
 
 @dataclass(frozen=True)
@@ -123,9 +123,12 @@ def _outcome(found: FinishedRuns, name: str, counted: Sequence[str]) -> Outcome:
         )
     costs = {}
     for cost in COSTS:
-        values = [value for result in results if (value := _cost(settings, result, cost)) is not None]
+        values = [value for result in results if (value := result.figures.get(cost)) is not None]
         if values:
             costs[cost] = median(values)
+    seconds = _seconds_per_step(found, name)
+    if seconds is not None:
+        costs["seconds_per_step"] = seconds
     return Outcome(
         name,
         method.label,
@@ -162,13 +165,20 @@ def _measure(scores: ItemScores) -> dict[str, Any]:
     }
 
 
-def _cost(settings: StudySettings, result: Result, cost: str) -> float | None:
-    """What one run took; steps are not alike where some of them do more, so their mean counts."""
-    if cost != "seconds_per_step":
-        found: float | None = result.figures.get(cost)
-        return found
-    seconds = result.figures.get("train_seconds")
-    return None if seconds is None else seconds / settings.train.steps
+def _seconds_per_step(found: FinishedRuns, name: str) -> float | None:
+    """Of the fastest run, short ones among them: other work on the machine only makes steps longer.
+
+    The mean of a run's steps, which are not alike where some of them do more.
+    """
+    train = found.settings.train
+    return min(
+        (
+            seconds / (train.screen_steps if run.phase == "screen" else train.steps)
+            for run, result in found.results.items()
+            if run.method == name and (seconds := result.figures.get("train_seconds")) is not None
+        ),
+        default=None,
+    )
 
 
 def _seconds(result: Result) -> float:
