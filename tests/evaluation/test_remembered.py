@@ -41,7 +41,7 @@ def test_texts_that_begin_alike_are_two():
     model = make_model(seed=5)
     remembered = RememberedModel(model)
     short, long = torch.tensor([[3, 4, 5]]), torch.tensor([[3, 4, 5, 6]])
-    for ids in (short, long, short.reshape(3, 1), long):
+    for ids in (short, long, short.reshape(3, 1), torch.tensor([[3, 4, 7]]), long):
         assert torch.equal(remembered(input_ids=ids).logits, model(input_ids=ids, use_cache=False).logits)
 
 
