@@ -7,10 +7,10 @@ from tiny import make_model, make_tokenizer
 from torch.nn import functional as F  # noqa: N812
 from trl import SFTConfig
 
+from loki.heads import PLAIN_HEADS
 from loki.training import trainer
 from loki.training.chunked_loss import chunked_loss
 from loki.training.encoding import IGNORED
-from loki.training.heads import PLAIN_HEADS
 from loki.training.trainer import CompletionTrainer
 
 T, D, V = 11, 6, 19
