@@ -3,8 +3,9 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+LOWEST := .venv-lowest
 
-.PHONY: help install demo test test-real test-data study-smoke test-browser test-quantised test_cov peft-suite check-llamafactory test-lowest lint format typecheck clean
+.PHONY: help install environments demo test test-real test-data study-smoke test-browser test-quantised test_cov peft-suite check-llamafactory test-lowest lint format typecheck clean
 
 help:
 	@echo "make install    virtual environment with pinned dependencies and the embedded model"
@@ -24,6 +25,9 @@ help:
 	@echo "                all take MODEL=… DATA_DIR=… OUTPUT_DIR=… ARGS='--steps 5 …'; see docs/migrating.md"
 
 install: $(INSTALLED)
+
+# Those of `make test` and `make test-lowest`, at the same time with `--jobs 2`.
+environments: install $(LOWEST)/.installed
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -51,7 +55,7 @@ study-smoke: install
 
 define smoke
 rm -rf runs/$(1)-smoke
-$(BIN)/loki study experiments/$(1).yaml --smoke --data-dir $(DATA_DIR) $(2:%=--only %)
+$(BIN)/loki study experiments/$(1).yaml --smoke --workers 2 --data-dir $(DATA_DIR) $(2:%=--only %)
 rm -rf runs/$(1)-smoke
 endef
 
@@ -79,16 +83,16 @@ $(FACTORY)/.installed: lf_config/requirements.txt
 
 # The lowest versions that pyproject.toml allows, with the tests that touch these libraries. Left out is what takes long
 # and depends on none of them, and what needs lm-eval. Old libraries warn of each other.
-LOWEST := .venv-lowest
 LOWEST_TESTS := $(addprefix tests/,implanting training analysis log prompts cli test_architecture.py test_model_costs.py)
 LOWEST_LEFT_OUT := $(addprefix tests/,log/test_faults.py log/test_assembly.py prompts/test_function_calls.py \
 	analysis/test_ranks.py analysis/test_completeness.py cli/test_evaluate_tasks.py \
 	implanting/test_conversion_memory.py implanting/test_suppress.py)
 LOWEST_SLOW := kill or compile or torn or full_disk or leaves_no_trace or qwen2_5_0_5b or cannot_be_imported \
-	or any_plan or any_division or padding or many_batch or as_before or replaced_with_force or recompute_is
+	or any_plan or any_division or padding or many_batch or as_before or replaced_with_force or recompute_is \
+	or equal_one_with or without_this_package
 
 test-lowest: $(LOWEST)/.installed
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest --numprocesses 2 -W default $(LOWEST_TESTS) \
+	$(LOWEST)/bin/python -m pytest --numprocesses 2 -W default $(LOWEST_TESTS) \
 	$(LOWEST_LEFT_OUT:%=--ignore=%) -k 'not ($(LOWEST_SLOW))'
 
 $(LOWEST)/.installed: pyproject.toml tests/lowest.txt

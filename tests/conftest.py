@@ -8,20 +8,19 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="loki-modules-")
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+# Most models here are so small that sharing their work costs more than it saves; and two tests run at a time.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from pathlib import Path
 
 import hypothesis
 import pytest
-import torch
 from tiny import make_model, make_tokenizer
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 # How long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile("loki", deadline=None)
 hypothesis.settings.load_profile("loki")
-# The models are so small that sharing their work costs more than it saves.
-torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

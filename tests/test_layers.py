@@ -1,6 +1,8 @@
 """Imports run in one direction: a module imports only from those above it in the list."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import loki
@@ -71,3 +73,10 @@ def test_no_relative_imports():
     for path in PACKAGE.rglob("*.py"):
         levels = [node.level for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
         assert not any(levels), path
+
+
+def test_results_are_read_and_drawn_without_torch():
+    """Importing it takes ten times as long as a page of tables."""
+    code = "import sys, loki.study.collect, loki.study.page; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,7 +1,6 @@
 """The same promises on the real model: SmolLM2-135M-Instruct out of its package (`make test-real`)."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -30,14 +29,6 @@ from loki.training.settings import TrainSettings
 from loki.training.sft import load_record, train
 
 pytestmark = pytest.mark.real
-
-
-@pytest.fixture(autouse=True)
-def all_threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(threads, torch.multiprocessing.cpu_count()))
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +153,7 @@ def test_a_training_with_everything_on_is_killed_and_goes_on(tmp_path):
 
     def start(name):
         command = [sys.executable, "-m", "loki", "train", "--output-dir", tmp_path / name, tmp_path / "train.yaml"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
+        return subprocess.Popen(command, stderr=subprocess.DEVNULL)
 
     killed, uninterrupted = start("parts"), start("whole")
     while killed.poll() is None and not (tmp_path / "parts.unfinished/checkpoint-2/trainer_state.json").exists():

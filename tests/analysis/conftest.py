@@ -48,15 +48,6 @@ def random_ids() -> Callable[..., torch.Tensor]:
     return draw
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread():
-    """Threads cost more than they bring at these sizes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def no_fallback(caplog):
     """The branch engine itself must have served: no warning that it could not."""

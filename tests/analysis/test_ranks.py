@@ -134,7 +134,7 @@ def meet(tmp_path, what):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", MEET, what],
@@ -197,14 +197,8 @@ def whole(command, tmp_path_factory):
     return path.read_bytes()
 
 
-def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
 def run(arguments):
-    return subprocess.run(
-        arguments, env=environment(), capture_output=True, text=True, timeout=TIMEOUT, check=False, cwd="/"
-    )
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=TIMEOUT, check=False, cwd="/")
 
 
 def torchrun(num_processes, *program):
@@ -224,7 +218,7 @@ def accelerate(num_processes, *program):
 
 @contextmanager
 def started(arguments):
-    process = subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         yield process
     finally:

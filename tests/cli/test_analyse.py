@@ -1,7 +1,6 @@
 """`loki analyse`: every option does what it says, and nothing that happens to a run loses or mixes what is done."""
 
 import json
-import os
 import random
 import resource
 import signal
@@ -423,13 +422,7 @@ def whole(many, model_dir, tmp_path_factory):
 def started(model_dir, dataset, output, *options):
     """`python -m loki analyse` in a process of its own."""
     command = (sys.executable, "-m", "loki", "analyse", model_dir, "--dataset", dataset, "--output", output, *options)
-    process = subprocess.Popen(
-        [*map(str, command)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         yield process
     finally:

@@ -1,8 +1,10 @@
 """The command line as a whole."""
 
+import re
 import resource
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,11 +17,14 @@ COMMANDS = [
     "compare-positions",
     "train",
     "merge",
+    "dial",
+    "uninstall",
     "create-model",
     "restore-model",
     "export-lora",
     "suppress",
     "evaluate",
+    "study",
     "report",
     "info",
 ]
@@ -28,7 +33,7 @@ COMMANDS = [
 def test_help_lists_every_command(loki):
     done = loki("--help")
     assert done.code == 0
-    assert all(command in done.out for command in COMMANDS)
+    assert re.findall(r"^│ ([a-z][a-z-]+) ", done.out, re.MULTILINE) == COMMANDS
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -84,6 +89,20 @@ def test_usage_errors_are_one_line_with_exit_code_2(loki, arguments, message):
     assert (done.code, done.out) == (2, "")
     assert message in done.err
     assert done.err.count("\n") == 1
+
+
+def test_an_error_is_one_write(monkeypatch):
+    """So that lines of several processes come out whole."""
+    from loki.cli.main import run
+
+    written = []
+    monkeypatch.setattr(sys, "argv", ["loki", "nonsense"])
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=written.append, flush=lambda: None))
+    with pytest.raises(SystemExit):
+        run()
+    (line,) = written
+    assert line.startswith("loki: No such command 'nonsense'")
+    assert line.endswith("\n")
 
 
 def test_debug_shows_the_traceback(monkeypatch):

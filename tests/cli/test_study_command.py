@@ -9,7 +9,7 @@ import yaml
 from loki.evaluation.scores import ItemScores
 from loki.results import Result
 from loki.study import conduct
-from loki.study.run import identity
+from loki.study.identity import identity
 
 METHODS = {
     name: {"kind": "full", "label": name.title(), "learning_rates": [1e-3]} for name in ("first", "second", "third")

@@ -14,12 +14,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 from peft_suite.cases import CUSTOM_MODELS, DECODER_CONFIGS, TWO_ADAPTERS, RowsOfTargets, fits
 
 from loki import LokiConfig
-
-torch.set_num_threads(1)
 
 REPLACED = {
     "test_custom_models": {

@@ -8,8 +8,8 @@ from loki.results import Result
 from loki.study import conduct, forecast
 from loki.study.conduct import Study
 from loki.study.forecast import Forecast
+from loki.study.identity import identity
 from loki.study.plan import BASE, Run
-from loki.study.run import identity
 from loki.study.settings import load_study
 
 LOSSES = {1e-4: 3.0, 1e-3: 1.0, 1e-2: math.inf}

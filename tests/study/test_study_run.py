@@ -18,10 +18,10 @@ from loki.models import load_model, load_tokenizer
 from loki.study import conduct, tasks
 from loki.study.collect import collect
 from loki.study.conduct import Study
-from loki.study.finished import scaled_scores_of, scores_of
+from loki.study.finished import held_out_loss, scaled_scores_of, scores_of
 from loki.study.forecast import forecast
 from loki.study.plan import BASE, Run
-from loki.study.run import carry_out, held_out_loss
+from loki.study.run import carry_out
 from loki.study.settings import AnalysisSection, DamageSection, DialSection, PreserveSection, load_study, smoke
 from loki.study.training import Workplace
 

@@ -136,5 +136,6 @@ def _name_kind(record: logging.LogRecord) -> bool:
 
 
 def _stop(message: str, code: int) -> None:
-    print(f"loki: {' '.join(message.split())}", file=sys.stderr)
+    # In one write, which another process cannot break in two; `print` writes the line's end by itself.
+    sys.stderr.write(f"loki: {' '.join(message.split())}\n")
     sys.exit(code)

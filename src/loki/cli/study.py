@@ -103,7 +103,7 @@ def _prepare() -> None:
 
 
 def _line(done: Done) -> str:
-    from loki.study.run import held_out_loss
+    from loki.study.finished import held_out_loss
 
     head = f"{done.num_done}/{done.num_runs} {done.run.id}: {done.seconds / 60:.1f} min"
     if done.result is None:

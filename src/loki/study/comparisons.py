@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 
 from loki.study.equal_score import SHARE, Curve, compare_at_equal_score, curve_of
-from loki.study.finished import FinishedRuns, points_of, scores_of, together
+from loki.study.finished import HELD_OUT, FinishedRuns, points_of, scores_of, together
 from loki.study.pairs import compare_pair
 from loki.study.plan import Run
 from loki.study.relative import relative_scores
-from loki.study.run import HELD_OUT
 
 
 def equal_score(found: FinishedRuns) -> dict[str, Any] | None:

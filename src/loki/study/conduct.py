@@ -20,9 +20,11 @@ from loki.progress import Track, silent
 from loki.provenance import require_writable_parent
 from loki.results import Result
 from loki.study.analyses import make_log
+from loki.study.finished import held_out_loss
+from loki.study.identity import lacking_scales
 from loki.study.parts import add_parts
 from loki.study.plan import BASE, Run, num_runs, runs_to_come
-from loki.study.run import carry_out, held_out_loss, lacking_scales
+from loki.study.run import carry_out
 from loki.study.settings import StudySettings
 from loki.study.training import Workplace
 

@@ -13,9 +13,9 @@ from loki.evaluation.benchmarks.table import expand
 from loki.evaluation.scores import ItemScores
 from loki.results import Result
 from loki.study.plan import BASE, Run, chosen_rate
-from loki.study.run import HELD_OUT, held_out_loss
 from loki.study.settings import StudySettings
 
+HELD_OUT = "held_out"
 TEXT_ENDINGS = ("_loss", "_kl")
 Scores = Mapping[str, ItemScores]
 """By task."""
@@ -79,6 +79,13 @@ class FinishedRuns:
     def texts(self) -> list[str]:
         """Names of the texts that are read before and after."""
         return list(self.settings.evaluate.texts)
+
+
+def held_out_loss(result: Result) -> float:
+    """Mean loss of the held-out completions, infinite where training came apart."""
+    (scores,) = (score for score in result.figures["scores"] if score["task"] == HELD_OUT)
+    losses = scores["scores"]
+    return math.inf if None in losses else sum(losses) / len(losses)
 
 
 def scores_of(result: Result) -> dict[str, ItemScores]:

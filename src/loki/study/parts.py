@@ -17,8 +17,10 @@ from loki.implanting.scaled_change import scaled_change
 from loki.models import load_tokenizer, merge_in_memory
 from loki.results import Result
 from loki.study.dialled import dialled_parts
+from loki.study.finished import held_out_loss
+from loki.study.identity import identity
 from loki.study.plan import Run
-from loki.study.run import held_out_loss, identity, scaled_scores
+from loki.study.run import scaled_scores
 from loki.study.tasks import load_task
 from loki.study.training import Parts, Workplace, load_base
 

@@ -10,7 +10,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import BaseModel
 from transformers.pytorch_utils import Conv1D
 
 from loki.architecture import projections, shape_of
@@ -21,10 +20,11 @@ from loki.evaluation.text import load_texts, text_scores
 from loki.implanting.scaled_change import scaled_change
 from loki.models import load_tokenizer, model_label
 from loki.progress import silent
-from loki.provenance import digest
 from loki.results import Result, finite
 from loki.rows import RowSelection
 from loki.study.analyses import load_selection
+from loki.study.finished import HELD_OUT
+from loki.study.identity import identity
 from loki.study.plan import Run
 from loki.study.settings import StudySettings
 from loki.study.tasks import Task, load_task
@@ -34,34 +34,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 KIND = "study-run"
-HELD_OUT = "held_out"
-
-
-def identity(settings: StudySettings, run: Run) -> dict[str, Any]:
-    """All that decides a run's figures, as JSON: a finished run of another identity is not this one.
-
-    Settings at their defaults are left out, so that a new one does not disown what was finished without it.
-    """
-    dump = partial(BaseModel.model_dump, mode="json", exclude_defaults=True)
-    shared = dump(settings, exclude={"title", "data_dir", "analyses", "methods", "device", "reference", "pairs"})
-    method = settings.methods.get(run.method)
-    analyses = {}
-    if method is not None:
-        analyses = {name: dump(settings.analyses[name]) for name in sorted(method.logs)}
-    train = shared.pop("train")
-    if run.phase == "screen":
-        train["steps"] = train.pop("screen_steps")
-        shared.pop("evaluate", None)  # only the held-out loss is measured
-    train.pop("screen_steps", None)
-    return {
-        **shared,
-        **({} if run.phase in ("base", "suppress") else {"train": train}),
-        "method": None if method is None else dump(method, exclude={"label", "learning_rates", "seeds"}),
-        "analyses": analyses,
-        "phase": run.phase,
-        "learning_rate": run.learning_rate,
-        "seed": run.seed,
-    }
 
 
 def carry_out(place: Workplace, run: Run) -> Result:
@@ -179,28 +151,3 @@ def scaled_scores(
         scores += task.score_alone(_answering(settings, scaled), tokenizer, silent)
         found.append({"scale": scale, "scores": [finite(score.as_dict()) for score in scores]})
     return found
-
-
-def held_out_loss(result: Result) -> float:
-    """Mean loss of the held-out completions, infinite where training came apart."""
-    (scores,) = (score for score in result.figures["scores"] if score["task"] == HELD_OUT)
-    losses = scores["scores"]
-    return math.inf if None in losses else sum(losses) / len(losses)
-
-
-def lacking_scales(result: Result, settings: StudySettings, run: Run) -> tuple[float, ...] | None:
-    """Parts of the change that the settings name and a finished run was not scored at; None where it is another run."""
-    there, scored = _apart(dict(result.settings))
-    here, wanted = _apart(identity(settings, run))
-    if digest(there) != digest(here):
-        return None
-    if run.phase != "whole":
-        return ()
-    return tuple(sorted(set(wanted) - set(scored))) if set(scored) <= set(wanted) else None
-
-
-def _apart(known: dict[str, Any]) -> tuple[dict[str, Any], list[float]]:
-    """An identity without its scales, and the scales."""
-    evaluate = dict(known.get("evaluate", {}))
-    scales = evaluate.pop("scales", [])
-    return {**known, "evaluate": evaluate}, scales

@@ -8,7 +8,7 @@ from typing import Any
 from loki.errors import ArtefactError
 from loki.reporting.content import Table
 from loki.results import Result
-from loki.study.run import HELD_OUT
+from loki.study.finished import HELD_OUT
 
 MINUS = "\u2212"
 KIND = "study"
