@@ -184,8 +184,8 @@ def test_nothing_is_relative_to_full_fine_tuning_that_has_not_run(settings, resu
 
 
 def test_pairs_are_compared_over_the_seeds_that_both_have(settings, results):
-    """Of `full` seeds 0 and 1 are done, of `rows` only seed 0, twice as far from the base."""
-    part = [scores("calls", [1, 0, 0, 0]), scores("wiki_kl", [0.1, 0.1], **LOSS)]
+    """Of `full` seeds 0 and 1 are done, of `rows` only seed 0, twice as far from the base with the whole change."""
+    part = [held_out(2.0), scores("calls", [1, 0, 0, 0]), scores("wiki_kl", [0.1, 0.1], **LOSS)]
     for run, result in results.items():
         if run.phase == "whole":
             result.figures["scaled"] = [{"scale": 0.5, "scores": [finite(score.as_dict()) for score in part]}]
@@ -203,6 +203,12 @@ def test_pairs_are_compared_over_the_seeds_that_both_have(settings, results):
     assert (pair["method"], pair["against"], pair["seeds"], same["seeds"]) == ("rows", "full", [0], [0, 1])
     assert pair["forgotten_ratio"]["wiki"] == {"value": 2.0, "low": 2.0, "high": 2.0}
     assert pair["learned"] == pair["held_out"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    # From the part to the whole the distance grows from none to a doubling.
+    assert pair["forgotten_ratio_at_equal_loss"]["wiki"]["value"] == pytest.approx(2**0.5)
+    # Runs of earlier versions did not ask parts of the change for it.
+    del results[Run("rows", "whole", 1e-3, 0)].figures["scaled"][0]["scores"][0]
+    pair, _ = collect(settings, results).figures["pairs"]
+    assert pair["forgotten_ratio_at_equal_loss"] == {"wiki": {"value": None, "low": None, "high": None}}
     del results[Run("full", "whole", 1e-3, 0)]
     (same,) = collect(settings, results).figures["pairs"]
     assert (same["method"], same["seeds"]) == ("full", [1])

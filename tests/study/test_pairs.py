@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from loki.study.equal_score import Curve
-from loki.study.pairs import compare_pair, mean_gain
+from loki.study.pairs import compare_pair, mean_difference
 
 WEIGHTS = {"wiki": np.array([1.0, 3.0])}
 
@@ -14,7 +14,9 @@ def curve(learned_SPN, forgotten_SPM):
 
 
 def gain(one, other):
-    return mean_gain(*(np.array(values, dtype=float) for values in (*one, *other)))
+    """In what was learned, over the logarithm of what was forgotten."""
+    (learned, forgotten), (other_learned, other_forgotten) = one, other
+    return mean_difference(np.log(forgotten), np.array(learned), np.log(other_forgotten), np.array(other_learned))
 
 
 def test_two_curves_by_hand():
@@ -49,7 +51,7 @@ def test_a_pair_by_hand():
         [[[0] * 4, [0] * 4, [100, 0, 0, 0]], [[0] * 4, [0] * 4, [100, 0, 0, 0]]],
         [[[0, 0], [0.1, 0.1], [0.25, 0.25]], [[0, 0], [0.1, 0.1], [0.15, 0.55]]],
     )
-    held_out = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[1.5, 2.5], [3.0, 3.0]])
+    held_out = np.array([[[1.0, 2.0]], [[3.0, 4.0]]]), np.array([[[1.5, 2.5]], [[3.0, 3.0]]])
     found = compare_pair(one, other, held_out, WEIGHTS)
     # Parts: 50 against 0; wholes: 100 against 25.
     assert found.learned.value == pytest.approx(62.5)
@@ -66,12 +68,15 @@ def test_what_both_share_is_no_noise():
     draw = np.random.default_rng(0)
     learned_SPN = 100.0 * (draw.random((2, 3, 50)) < 0.4)
     forgotten_SPM = draw.gamma(4, 0.01, (2, 3, 20)) * np.array([0, 1, 2])[None, :, None]
-    held_out_SH = draw.random((2, 30))
+    held_out_SPH = draw.random((2, 2, 30)) + np.array([1, 0])[:, None]
     one, other = Curve(learned_SPN, {"wiki": 2 * forgotten_SPM}), Curve(learned_SPN, {"wiki": forgotten_SPM})
-    found = compare_pair(one, other, (held_out_SH - 0.25, held_out_SH), {"wiki": np.ones(20)})
+    found = compare_pair(one, other, (held_out_SPH - 0.25, held_out_SPH), {"wiki": np.ones(20)})
     assert (found.learned.low, found.learned.value, found.learned.high) == (0, 0, 0)
     assert (found.held_out.low, found.held_out.high) == pytest.approx((-0.25, -0.25))
     ratio = found.forgotten_ratio["wiki"]
+    assert (ratio.low, ratio.value, ratio.high) == pytest.approx((2, 2, 2))
+    found = compare_pair(one, other, (held_out_SPH, held_out_SPH), {"wiki": np.ones(20)})
+    ratio = found.forgotten_ratio_at_equal_loss["wiki"]
     assert (ratio.low, ratio.value, ratio.high) == pytest.approx((2, 2, 2))
 
 
@@ -81,10 +86,10 @@ def test_intervals_are_those_of_the_plain_bootstrap():
     shares = np.array([0.0, 0.3, 0.5])[None, :, None]
     learned = [100.0 * (draw.random((3, 3, 60)) < share * shares) for share in (1.0, 0.8)]
     forgotten = [draw.gamma(4, 0.01, (3, 3, 20)) * np.array([0, 1, 3])[None, :, None] for _ in range(2)]
-    lost = [draw.random((3, 40)) for _ in range(2)]
+    lost = [draw.random((3, 2, 40)) + np.array([1.0, 0.2 * number])[:, None] for number in range(2)]
     curves = [Curve(values, {"wiki": moved}) for values, moved in zip(learned, forgotten, strict=True)]
     found = compare_pair(*curves, (lost[0], lost[1]), {"wiki": np.ones(20)})
-    plain = {"learned": [], "equal": [], "held_out": [], "ratio": []}
+    plain = {"learned": [], "equal": [], "held_out": [], "ratio": [], "at_equal_loss": []}
     for _ in range(2000):
         seeds, items = draw.integers(0, 3, 3), draw.integers(0, 60, 60)
         windows, examples = draw.integers(0, 20, 20), draw.integers(0, 40, 40)
@@ -92,13 +97,16 @@ def test_intervals_are_those_of_the_plain_bootstrap():
         f_P = [values[seeds][:, 1:, windows].mean(axis=(0, 2)) for values in forgotten]
         plain["learned"].append((l_P[0] - l_P[1]).mean())
         plain["equal"].append(gain((l_P[0], f_P[0]), (l_P[1], f_P[1])))
-        plain["held_out"].append((lost[0] - lost[1])[seeds][:, examples].mean())
+        h_P = [values[seeds][:, :, examples].mean(axis=(0, 2)) for values in lost]
+        plain["held_out"].append(h_P[0][1] - h_P[1][1])
         plain["ratio"].append(f_P[0][-1] / f_P[1][-1])
+        plain["at_equal_loss"].append(ratio_at_equal_loss((h_P[0], f_P[0]), (h_P[1], f_P[1])))
     estimates = {
         "learned": found.learned,
         "equal": found.learned_at_equal_divergence["wiki"],
         "held_out": found.held_out,
         "ratio": found.forgotten_ratio["wiki"],
+        "at_equal_loss": found.forgotten_ratio_at_equal_loss["wiki"],
     }
     for name, values in plain.items():
         low, high = np.percentile(values, [2.5, 97.5])
@@ -106,12 +114,56 @@ def test_intervals_are_those_of_the_plain_bootstrap():
         assert abs(estimates[name].high - high) < 0.1 * (high - low), name
 
 
+def ratio_at_equal_loss(one, other):
+    """Two points a curve: a fine sum over the losses that both reach."""
+    (lost, forgotten), (other_lost, other_forgotten) = one, other
+    at = np.linspace(max(lost[1], other_lost[1]), min(lost[0], other_lost[0]), 1001)
+    logs = [
+        np.interp(at, losses[::-1], np.log(moved)[::-1])
+        for losses, moved in ((lost, forgotten), (other_lost, other_forgotten))
+    ]
+    return math.exp((logs[0] - logs[1]).mean())
+
+
+def at_equal_loss(lost, other_lost, forgotten=(0.1, 0.2, 0.8), other_forgotten=(0.1, 0.2, 0.8)):
+    """The estimate for curves of one example, one window and these points."""
+    still = [[[0]] * (1 + len(forgotten))]
+    one, other = (
+        Curve(np.array(still, dtype=float), {"wiki": np.array([[[0.0], *([value] for value in values)]])})
+        for values in (forgotten, other_forgotten)
+    )
+    held_out = tuple(np.array([[[value] for value in values]], dtype=float) for values in (lost, other_lost))
+    found = compare_pair(one, other, held_out, {"wiki": np.ones(1)})
+    return found.forgotten_ratio_at_equal_loss["wiki"].value
+
+
+def test_divergence_at_an_equal_held_out_loss_by_hand():
+    """From 3 to 1 nats of loss one model moves 0.1 to 0.4, the other 0.4 to 1.6: always four times as far."""
+    assert at_equal_loss((3, 2, 1), (3, 2, 1), (0.1, 0.2, 0.4), (0.4, 0.8, 1.6)) == pytest.approx(1 / 4)
+    # Of the second only 2 to 1 is in common, where the first has 0.2 to 0.4 and the second 0.1 to 0.4.
+    found = at_equal_loss((3, 2, 1), (2, 1.5, 1), (0.1, 0.2, 0.4), (0.1, 0.2, 0.4))
+    assert found == pytest.approx(math.exp((math.log(2) + 0) / 2))
+    assert math.isnan(at_equal_loss((3, 2.5, 2), (2, 1.5, 1)))
+
+
+def test_a_loss_that_rises_again_is_reached_where_it_was_first():
+    """The third point moves the model further and learns less than the second."""
+    expected = math.exp(-0.75 * math.log(2))  # half a doubling from 0.1 in the mean, against one and a quarter
+    for last in (2, 1):
+        assert at_equal_loss((3, 1, last), (3, 2, 1)) == pytest.approx(expected)
+
+
+def test_losses_of_the_whole_change_alone_say_nothing_of_an_equal_one():
+    assert math.isnan(at_equal_loss((1,), (1,)))
+    assert math.isnan(at_equal_loss((3, 2, 1), (1,)))
+
+
 def test_a_change_that_moved_nothing_has_no_equal_divergence():
     still = curve([[[0] * 4, [0] * 4, [0] * 4]], [[[0, 0], [0, 0], [0, 0]]])
     moved = curve([[[0] * 4, [0] * 4, [100] * 4]], [[[0, 0], [0.1, 0.1], [0.2, 0.2]]])
-    found = compare_pair(still, moved, (np.zeros((1, 2)), np.zeros((1, 2))), WEIGHTS)
+    found = compare_pair(still, moved, (np.zeros((1, 2, 2)), np.zeros((1, 2, 2))), WEIGHTS)
     assert math.isnan(found.learned_at_equal_divergence["wiki"].value)
     assert found.forgotten_ratio["wiki"].value == 0
     assert math.isnan(
-        compare_pair(moved, still, (np.zeros((1, 2)), np.zeros((1, 2))), WEIGHTS).forgotten_ratio["wiki"].low
+        compare_pair(moved, still, (np.zeros((1, 2, 2)), np.zeros((1, 2, 2))), WEIGHTS).forgotten_ratio["wiki"].low
     )

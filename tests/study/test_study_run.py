@@ -159,12 +159,13 @@ def test_rivals_learn_and_move_too(study, tmp_path, base_loss, method):
 
 
 def test_a_whole_run_is_a_front(study, tmp_path, base_loss):
-    """Half the change lies between the base and the whole, and is scored on the task and the texts alone."""
+    """Half the change lies between the base and the whole, and no benchmark is asked again."""
     evaluate = study.evaluate.model_copy(update={"scales": (0.5,), "answers_dtype": "bfloat16"})
     scaled = study.model_copy(update={"evaluate": evaluate})
     result = done(scaled, tmp_path, "full")
     (half,) = scaled_scores_of(result).values()
-    assert list(half) == ["c4_loss", "c4_kl", "bfcl_calls"]
+    assert list(half) == ["held_out", "c4_loss", "c4_kl", "bfcl_calls"]
+    assert held_out_loss(result) < half["held_out"].mean.value < base_loss
     whole, plain = scores_of(result), scores_of(done(study, tmp_path, "full"))
     assert 0 < half["c4_kl"].mean.value < whole["c4_kl"].mean.value
     # Texts are read in the dtype that was trained, whatever the one for answers.

@@ -136,6 +136,9 @@ def test_pairs_of_methods(result):
         )
     }
     assert "One thing changed" in render_report(study_report(result))
+    result.figures["pairs"][0]["forgotten_ratio_at_equal_loss"] = {"wiki": estimate(0.8, 0.7, None)}
+    assert tables(result)["pairs"].headings[-1] == "wiki KL at equal loss, times"
+    assert rows_of(result, "pairs")["LoKI against random rows"][-2:] == ("1.23 [1.00, 1.50]", "0.80 [0.70, n/a]")
 
 
 def test_scores_relative_to_full_fine_tuning(result):

@@ -59,9 +59,7 @@ def pairs(found: FinishedRuns) -> list[dict[str, Any]]:
         one, other = curves or (None, None)
         if one is None or other is None or one.learned_SPN.shape != other.learned_SPN.shape:
             continue
-        lost = [
-            np.array([scores_of(found.results[by_seed[seed]])[HELD_OUT].scores for seed in seeds]) for by_seed in runs
-        ]
+        lost = [_held_out(found, [by_seed[seed] for seed in seeds]) for by_seed in runs]
         pair = compare_pair(one, other, (lost[0], lost[1]), _weights(found))
         compared.append({"method": names[0], "against": names[1], "seeds": seeds, **pair.as_dict()})
     return compared
@@ -76,6 +74,14 @@ def _curve(found: FinishedRuns, done: list[Run]) -> Curve | None:
     if not all(needed <= point.keys() for run in runs for point in run):
         return None
     return curve_of(found.base[found.tasks[0]], runs, {text: found.base[f"{text}_loss"].ids for text in found.texts})
+
+
+def _held_out(found: FinishedRuns, done: list[Run]) -> np.ndarray:
+    """Held-out losses (S, P, H) of a method's runs; of the whole change alone where parts were not asked."""
+    runs = [points_of(found.results[run]) for run in done]
+    if not all(HELD_OUT in point for run in runs for point in run):
+        runs = [run[-1:] for run in runs]
+    return np.array([[point[HELD_OUT].scores for point in run] for run in runs])
 
 
 def _weights(found: FinishedRuns) -> dict[str, np.ndarray]:

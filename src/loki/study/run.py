@@ -58,9 +58,7 @@ def carry_out(place: Workplace, run: Run) -> Result:
         trained = train_once(place, run, method, model, tokenizer, task)
         model, part_of_change, figures = trained.model, trained.parts, dict(trained.figures)
     start = time.perf_counter()
-    losses = completion_losses(model, tokenizer, task.held_out)
-    ids = tuple(str(number) for number in range(len(losses)))
-    scores = [ItemScores(HELD_OUT, "loss", ids, tuple(losses), "nats per token", higher_is_better=False)]
+    scores = [_held_out_scores(model, tokenizer, task)]
     if run.phase != "screen" and math.isfinite(scores[0].mean.value):
         reference = None if method is None else RememberedModel(load_base(settings))
         scores += _text_scores(settings, model, tokenizer, reference)
@@ -91,6 +89,12 @@ def _suppress(model: PreTrainedModel, rows: RowSelection) -> int:
             if isinstance(tensor, torch.Tensor):
                 tensor[list(chosen)] = 0
     return rows.num_selected
+
+
+def _held_out_scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> ItemScores:
+    losses = completion_losses(model, tokenizer, task.held_out)
+    ids = tuple(str(number) for number in range(len(losses)))
+    return ItemScores(HELD_OUT, "loss", ids, tuple(losses), "nats per token", higher_is_better=False)
 
 
 def _text_scores(
@@ -143,11 +147,12 @@ def scaled_scores(
     reference: RememberedModel,
     task: Task,
 ) -> list[dict[str, Any]]:
-    """Scores of the task and the texts with parts of the change from `reference`."""
+    """Scores of held-out examples, the texts and the task with parts of the change from `reference`."""
     found = []
     for scale in scales:
         scaled = part_of_change(scale)
-        scores = _text_scores(settings, scaled, tokenizer, reference)
+        scores = [_held_out_scores(scaled, tokenizer, task)]
+        scores += _text_scores(settings, scaled, tokenizer, reference)
         scores += task.score_alone(_answering(settings, scaled), tokenizer, silent)
         found.append({"scale": scale, "scores": [finite(score.as_dict()) for score in scores]})
     return found

@@ -153,10 +153,15 @@ def _pairs(result: Result) -> Table:
     labels = {method["name"]: method["label"] for method in result.figures["methods"]}
     texts = texts_of(result)
     head = ["method", "seeds", "task, points", f"at equal {texts[0]} KL", "held-out loss"]
+    head += [f"{text} KL, times" for text in texts]
+    # Results of earlier versions do not tell it.
+    told = any("forgotten_ratio_at_equal_loss" in pair for pair in result.figures["pairs"])
+    head += [f"{texts[0]} KL at equal loss, times"] if told else []
     rows = []
     for pair in result.figures["pairs"]:
         equal = pair["learned_at_equal_divergence"][texts[0]]
-        ratios = (pair["forgotten_ratio"][text] for text in texts)
+        ratios = [pair["forgotten_ratio"][text] for text in texts]
+        ratios += [pair["forgotten_ratio_at_equal_loss"][texts[0]]] if told else []
         rows.append(
             [
                 f"{labels[pair['method']]}{AGAINST}{labels[pair['against']]}",
@@ -167,7 +172,7 @@ def _pairs(result: Result) -> Table:
                 *(_measured(*_ends(ratio), 2) for ratio in ratios),
             ]
         )
-    return _table("Methods that differ in one thing", [*head, *(f"{text} KL, times" for text in texts)], rows)
+    return _table("Methods that differ in one thing", head, rows)
 
 
 def _ends(estimate: Mapping[str, float | None]) -> tuple[float | None, float | None, float | None]:
