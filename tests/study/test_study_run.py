@@ -388,6 +388,16 @@ def test_a_whole_study_in_processes_of_their_own(study, tmp_path):
     assert scores_of(here) == scores_of(work.results[BASE])
 
 
+def test_finished_runs_need_no_analysis_any_more(study, tmp_path):
+    elected = ["elected"]
+    Study(study, tmp_path / "out", elected).conduct()
+    shutil.rmtree(tmp_path / "out/analyses")
+    told = []
+    Study(study, tmp_path / "out", [*elected, "zeroed"]).conduct(tell=told.append)
+    assert [done.run.method for done in told] == ["zeroed"]
+    assert not (tmp_path / "out/analyses").exists()
+
+
 def test_a_plan_needs_no_attribution_log(study, tmp_path):
     """A method of elected rows is timed with as many random ones."""
     methods = {"elected": study.methods["elected"]}

@@ -165,9 +165,11 @@ class Study:
         return [run for run in runs if run == BASE or not self.only or run.method in self.only]
 
     def _analyse(self, track: Track) -> None:
-        chosen = [method for name, method in self.settings.methods.items() if not self.only or name in self.only]
+        # A method of which anything is left has a run that can be done now.
+        left = {run.method for run in self.next_runs() if run != BASE}
+        methods = [self.settings.methods[name] for name in left]
         # Calibration reads an analysis' prompts, not its log.
-        needed = {name for method in chosen for name in method.logs if name != method.calibration}
+        needed = {name for method in methods for name in method.logs if name != method.calibration}
         for name in self.settings.analyses:
             if name in needed:
                 make_log(self.settings, name, self.folder / LOGS_DIR, track=track)
