@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LOWEST := .venv-lowest
+# Tests start Python hundreds of times: what it compiled is kept, also where the environment says not to.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: help install environments demo test test-real test-data study-smoke test-browser test-quantised test_cov peft-suite check-llamafactory test-lowest lint format typecheck clean
 
@@ -12,7 +14,7 @@ help:
 	@echo "make demo       the main job on SmolLM2-135M: analyse, select, train, merge, evaluate, report"
 	@echo "make test       fast tests        make test-real  tests on the real model (minutes)"
 	@echo "make test-data DATA_DIR=…  the built-in data against benchmarks: nothing is copied"
-	@echo "make study-smoke DATA_DIR=…  some methods of each study for two steps (1 minute)"
+	@echo "make study-smoke DATA_DIR=…  two methods of a study for two steps (1 minute)"
 	@echo "make test-browser  the report in Chromium (/usr/bin/chromium)"
 	@echo "make test-quantised  quantised base models (bitsandbytes, torchao)"
 	@echo "make test_cov   tests with coverage      make peft-suite  PEFT's own tests with LoKI (3 minutes)"
@@ -38,33 +40,31 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/loki demo
 
-# Two tests at a time; each has one thread.
+# Two tests at a time, each with one thread; who has none left takes over half of the other's.
+TWO_AT_A_TIME := --numprocesses 2 --dist worksteal
+
 test: install
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest $(TWO_AT_A_TIME)
 
 test-real: install
-	$(BIN)/python -m pytest -m real --numprocesses 2
+	$(BIN)/python -m pytest -m real $(TWO_AT_A_TIME)
 
 test-data: install
-	$(BIN)/python -m pytest tests -m data --numprocesses 2 --data-dir $(DATA_DIR)
+	$(BIN)/python -m pytest tests -m data $(TWO_AT_A_TIME) --data-dir $(DATA_DIR)
 
-# Some methods of each study with all of its data, for two steps; nothing is kept.
+# A study with all of its data, for two steps; nothing is kept.
+SMOKE := runs/forgetting-smoke
 study-smoke: install
-	$(call smoke,forgetting,loki-q10 zero-lowest-1)
-	$(call smoke,rivals,corda osf)
-
-define smoke
-rm -rf runs/$(1)-smoke
-$(BIN)/loki study experiments/$(1).yaml --smoke --workers 2 --data-dir $(DATA_DIR) $(2:%=--only %)
-rm -rf runs/$(1)-smoke
-endef
+	rm -rf $(SMOKE)
+	$(BIN)/loki study experiments/forgetting.yaml --smoke --workers 2 --data-dir $(DATA_DIR) --only loki-q10 --only zero-lowest-1
+	rm -rf $(SMOKE)
 
 test-browser: install
 	$(BIN)/python -m pytest tests -m browser
 
 # PEFT's own tests with LoKI as the method; pip fetches them once, the Hub is not needed.
 peft-suite: install
-	$(BIN)/python tests/peft_suite/run.py -- --numprocesses 2
+	$(BIN)/python tests/peft_suite/run.py -- $(TWO_AT_A_TIME)
 
 # LlamaFactory takes older versions of transformers and PEFT, so it has an environment of its own (5 minutes).
 FACTORY := .venv-llamafactory
@@ -92,12 +92,12 @@ LOWEST_SLOW := kill or compile or torn or full_disk or leaves_no_trace or qwen2_
 	or equal_one_with or without_this_package
 
 test-lowest: $(LOWEST)/.installed
-	$(LOWEST)/bin/python -m pytest --numprocesses 2 -W default $(LOWEST_TESTS) \
+	$(LOWEST)/bin/python -m pytest $(TWO_AT_A_TIME) -W default $(LOWEST_TESTS) \
 	$(LOWEST_LEFT_OUT:%=--ignore=%) -k 'not ($(LOWEST_SLOW))'
 
 $(LOWEST)/.installed: pyproject.toml tests/lowest.txt
 	$(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/python -m pip install --quiet --requirement tests/lowest.txt --editable .
+	$(LOWEST)/bin/python -m pip install --quiet --no-compile --requirement tests/lowest.txt --editable .
 	touch $@
 
 # Beside the environment, not in it: PEFT imports both wherever it finds them, and torchao then prints what it lacks.
@@ -106,7 +106,7 @@ $(VENV)/quantised: $(INSTALLED)
 	touch $@
 
 test-quantised: $(VENV)/quantised
-	PYTHONPATH=$(VENV)/quantised $(BIN)/python -m pytest tests/implanting -m quantised --numprocesses 2
+	PYTHONPATH=$(VENV)/quantised $(BIN)/python -m pytest tests/implanting -m quantised $(TWO_AT_A_TIME)
 
 test_cov: install
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
