@@ -1,6 +1,7 @@
 """Fixtures of all tests. Nothing may reach for the network."""
 
 import os
+import shutil
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -25,6 +26,10 @@ hypothesis.settings.load_profile("loki")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--data-dir", type=Path, help="folder of benchmark data, for tests marked `data`")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture
