@@ -40,7 +40,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/loki demo
 
-# Two tests at a time, each with one thread; who has none left takes over half of the other's.
+# Two tests at a time, each with one thread; a worker that has none left takes over half of the other's.
 TWO_AT_A_TIME := --numprocesses 2 --dist worksteal
 
 test: install
