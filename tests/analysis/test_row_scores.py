@@ -312,10 +312,11 @@ def test_a_batch_takes_one_pass(score, num_calls):
 @EACH_SCORE
 def test_float32_is_near_float64(score):
     texts = draw_prompts((9, 12))
-    narrow = score_rows(model_of("llama", torch.float32), *padded(texts, "left"), score=score, batch_size=2)
+    narrow_model, wide_model = model_of("llama", torch.float32), model_of("llama")
+    narrow = score_rows(narrow_model, *padded(texts, "left"), score=score, batch_size=2)
     assert narrow.dtype == torch.float32
-    with in_float64():
-        wide = score_rows(model_of("llama"), *padded(texts, "left"), score=score)
+    with in_float64():  # where other weights would be drawn
+        wide = score_rows(wide_model, *padded(texts, "left"), score=score)
     # As the attribution's own: norms and softmax amplify rounding where numbers cancel.
     assert distance(narrow.double(), wide) < 1e-4
 
