@@ -83,12 +83,13 @@ $(FACTORY)/.installed: lf_config/requirements.txt
 	touch $@
 
 # The lowest versions that pyproject.toml allows, with the tests that touch these libraries. Left out is what takes long
-# and depends on none of them, and what needs lm-eval. Old libraries warn of each other.
+# and depends on none of them or touches what other tests touch too, and what needs lm-eval. Old libraries warn of each
+# other.
 LOWEST_TESTS := $(addprefix tests/,implanting training analysis log prompts cli test_architecture.py test_model_costs.py)
 LOWEST_LEFT_OUT := $(addprefix tests/,log/test_faults.py log/test_assembly.py log/test_merge_logs.py \
 	prompts/test_function_calls.py prompts/test_bfcl_requests.py prompts/test_mmlu.py prompts/test_questions.py \
 	analysis/test_ranks.py analysis/test_completeness.py analysis/test_row_scores.py analysis/test_captum.py \
-	cli/test_evaluate_tasks.py cli/test_bad_input.py cli/test_dial_command.py \
+	cli/test_evaluate_tasks.py \
 	implanting/test_conversion_memory.py implanting/test_suppress.py implanting/test_uninstall.py)
 LOWEST_SLOW := kill or compile or torn or full_disk or leaves_no_trace or qwen2_5_0_5b or cannot_be_imported \
 	or any_plan or any_division or padding or many_batch or as_before or replaced_with_force or recompute_is \
