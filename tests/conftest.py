@@ -16,6 +16,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from frozen import pytest_collection_finish  # noqa: F401
 from tiny import make_model, make_tokenizer
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 

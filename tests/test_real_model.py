@@ -13,6 +13,7 @@ import torch
 import yaml
 from peft import get_peft_model
 from safetensors.torch import load_file
+from warm import WarmProcess
 
 from loki import LokiConfig, attribute
 from loki.embedded import EMBEDDED_NAME, embedded_model_directory
@@ -152,16 +153,17 @@ def test_a_training_with_everything_on_is_killed_and_goes_on(tmp_path):
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(values))
 
     def start(name):
-        command = [sys.executable, "-m", "loki", "train", "--output-dir", tmp_path / name, tmp_path / "train.yaml"]
-        return subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        return WarmProcess("-m", "loki", "train", "--output-dir", tmp_path / name, tmp_path / "train.yaml")
 
-    killed, uninterrupted = start("parts"), start("whole")
-    while killed.poll() is None and not (tmp_path / "parts.unfinished/checkpoint-2/trainer_state.json").exists():
-        time.sleep(0.05)
-    killed.kill()
-    assert killed.wait() == -signal.SIGKILL
-    assert not (tmp_path / "parts").exists()
-    assert start("parts").wait() == uninterrupted.wait() == 0
+    with start("parts") as killed, start("whole") as uninterrupted:
+        while killed.poll() is None and not (tmp_path / "parts.unfinished/checkpoint-2/trainer_state.json").exists():
+            time.sleep(0.05)
+        killed.kill()
+        assert killed.wait() == -signal.SIGKILL
+        assert not (tmp_path / "parts").exists()
+        with start("parts") as continued:
+            assert continued.wait() == 0, continued.communicate()
+        assert uninterrupted.wait() == 0, uninterrupted.communicate()
 
     parts, whole = (load_record(tmp_path / name) for name in ("parts", "whole"))
     assert {**parts, "train_loss": pytest.approx(parts["train_loss"], rel=1e-6)} == whole

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from warm import WarmProcess, WarmRanks
 
 from loki.analysis import ranks as ranks_module
 from loki.analysis.ranks import Ranks
@@ -127,29 +128,18 @@ except LokiError as error:
 """
 
 
-def meet(tmp_path, what):
-    """Two processes by hand, without a launcher that would end one when the other dies."""
-    import socket
+def by_hand(num_processes, *program):
+    """Exit code and standard error of several processes."""
+    with WarmRanks(num_processes, *program) as started:
+        _, error = started.communicate(timeout=TIMEOUT)
+        return started.returncode, error
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", MEET, what],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        return [process.communicate(timeout=TIMEOUT)[0].splitlines() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+
+def meet(tmp_path, what):
+    script = tmp_path / "meet.py"
+    script.write_text(MEET)
+    with WarmRanks(2, script, what) as started:
+        return [out.splitlines() for out, _ in started.outputs(timeout=TIMEOUT)]
 
 
 def test_processes_meet_and_wait_for_each_other(tmp_path):
@@ -192,8 +182,8 @@ def command(prompts, model_dir):
 def whole(command, tmp_path_factory):
     """The log of one process, in bytes."""
     path = tmp_path_factory.mktemp("whole") / "kva.h5"
-    done = run([sys.executable, "-m", "loki", *command, "--output", str(path)])
-    assert done.returncode == 0, done.stderr
+    with WarmProcess("-m", "loki", *command, "--output", path) as process:
+        assert process.wait(TIMEOUT) == 0, process.communicate()
     return path.read_bytes()
 
 
@@ -241,6 +231,8 @@ def rank_of(pid):
 
 def process_of_rank(launcher, rank):
     """The process id of one rank among the launcher's children."""
+    if isinstance(launcher, WarmRanks):
+        return launcher.processes[rank].pid
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
     while launcher.poll() is None:
         for pid in children.read_text().split():
@@ -277,22 +269,32 @@ def test_accelerate_gives_the_log_of_one_process(command, whole, tmp_path):
 
 @pytest.mark.real
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the processes of a launcher in /proc")
-@pytest.mark.parametrize("again", [2, 3, 1])
-def test_a_rank_that_is_killed_loses_one_part_and_any_number_of_processes_goes_on(command, whole, tmp_path, again):
+@pytest.mark.parametrize(
+    ("launch", "again", "reason"),
+    [
+        (lambda *program: started(torchrun(*program)), 2, "SIGKILL"),
+        (WarmRanks, 3, "loki: another process ended before its work was done"),
+        (WarmRanks, 1, "loki: another process ended before its work was done"),
+    ],
+    ids=["torchrun-2", "by-hand-3", "by-hand-1"],
+)
+def test_a_rank_that_is_killed_loses_one_part_and_any_number_of_processes_goes_on(
+    command, whole, tmp_path, launch, again, reason
+):
     output = tmp_path / "kva.h5"
     program = ["-m", "loki", *command, "--output", str(output)]
-    with started(torchrun(2, *program)) as launcher:
+    with launch(2, *program) as launcher:
         victim = process_of_rank(launcher, 1)
         wait_for_parts(launcher, output, 4)
         os.kill(victim, signal.SIGKILL)
         _, error = launcher.communicate(timeout=TIMEOUT)
     assert launcher.returncode != 0
-    assert "SIGKILL" in error
+    assert reason in error
     assert not output.exists()
     kept = part_files(output)
     assert 4 <= len(kept) < NUM_PARTS
 
-    with started(torchrun(again, *program)) as launcher:
+    with launch(again, *program) as launcher:
         wait_for_parts(launcher, output, len(kept) + 1)
         assert launcher.poll() is not None or kept < part_files(output)
         _, error = launcher.communicate(timeout=TIMEOUT)
@@ -305,13 +307,13 @@ def test_a_rank_that_is_killed_loses_one_part_and_any_number_of_processes_goes_o
 def test_force_with_several_processes_starts_from_nothing(command, whole, tmp_path):
     """One of them removes what was there, before another begins."""
     output = tmp_path / "kva.h5"
-    assert run([sys.executable, "-m", "loki", *command, "--steps", "2", "--output", str(output)]).returncode == 0
     program = ["-m", "loki", *command, "--output", str(output)]
-    done = run(torchrun(2, *program))
-    assert done.returncode != 0
-    assert "kva.h5 exists already: remove it or choose another output file" in done.stderr
-    done = run(torchrun(2, *program, "--force"))
-    assert done.returncode == 0, done.stderr
+    assert by_hand(1, *program, "--steps", "2")[0] == 0
+    code, error = by_hand(2, *program)
+    assert code != 0
+    assert "kva.h5 exists already: remove it or choose another output file" in error
+    code, error = by_hand(2, *program, "--force")
+    assert code == 0, error
     assert output.read_bytes() == whole
 
 
@@ -349,5 +351,5 @@ def test_an_error_in_one_process_ends_all_with_one_line(command, whole, tmp_path
     assert message in lines[0]
     assert "loki/cli/main.py" not in done.stderr  # no traceback of ours
     assert not output.exists()
-    assert run(torchrun(2, "-m", "loki", *command, "--output", output)).returncode == 0
+    assert by_hand(2, "-m", "loki", *command, "--output", output)[0] == 0
     assert output.read_bytes() == whole

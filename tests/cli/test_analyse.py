@@ -4,7 +4,6 @@ import json
 import random
 import resource
 import signal
-import subprocess
 import sys
 import time
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import pytest
 import torch
 from tiny import NUM_LAYERS, NUM_ROWS, make_model, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
+from warm import WarmProcess
 
 from loki.analysis.attribution import attribute
 from loki.analysis.ranks import Ranks
@@ -418,17 +418,9 @@ def whole(many, model_dir, tmp_path_factory):
     return content(output)
 
 
-@contextmanager
 def started(model_dir, dataset, output, *options):
     """`python -m loki analyse` in a process of its own."""
-    command = (sys.executable, "-m", "loki", "analyse", model_dir, "--dataset", dataset, "--output", output, *options)
-    process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
+    return WarmProcess("-m", "loki", "analyse", model_dir, "--dataset", dataset, "--output", output, *options)
 
 
 def part_files(output):
@@ -472,7 +464,7 @@ def test_kills_at_random_moments_lose_at_most_the_part_in_flight(model_dir, many
     for number in range(num_kills):
         with started(model_dir, many, output) as process:
             if number % 4 == 3:
-                time.sleep(rng.uniform(0, 3))
+                time.sleep(rng.uniform(0, 0.5))
             else:
                 wanted = len(kept) + rng.randint(0, 1)
                 while process.poll() is None and not (
@@ -480,8 +472,8 @@ def test_kills_at_random_moments_lose_at_most_the_part_in_flight(model_dir, many
                 ):
                     time.sleep(0.002)
                 time.sleep(rng.uniform(0, 0.1))
-            process.send_signal(signal.SIGKILL)
-            assert process.wait() == -signal.SIGKILL, process.stderr.read()
+            process.kill()
+            assert process.wait() == -signal.SIGKILL, process.communicate()
         before, kept = kept, part_files(output)
         assert before <= kept  # no part is done again, however often the run begins
         assert not output.exists()

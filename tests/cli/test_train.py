@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from warm import WarmRanks
 
 TIMEOUT = 300
 """Seconds; a launch takes about 15 on a quiet machine, and a hang would take days."""
@@ -172,21 +173,17 @@ def test_a_missing_option_is_named(loki):
     assert "positions is missing: give --positions, or `positions: …` in a settings file" in done.err
 
 
-def launch(arguments, tmp_path):
-    """Start processes."""
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen(
-        [sys.executable, "-m", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        cwd=tmp_path,
-    )
+def on_cpu():
+    """The environment of several processes on the CPU, also where there is a GPU."""
+    return {**os.environ, "ACCELERATE_USE_CPU": "true"}
 
 
-def errors_of(process):
+def errors_of(arguments, tmp_path):
     """What a launch wrote to standard error; it fails rather than hangs."""
+    command = [sys.executable, "-m", *arguments]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=on_cpu(), cwd=tmp_path
+    )
     try:
         _, errors = process.communicate(timeout=TIMEOUT)
     finally:
@@ -196,7 +193,7 @@ def errors_of(process):
 
 
 def kill(process):
-    """A launcher and all that it started: torchrun puts each of them into a session of its own."""
+    """A launcher and all that it started."""
     with contextlib.suppress(psutil.NoSuchProcess):
         for started in [*psutil.Process(process.pid).children(recursive=True), process]:
             started.kill()
@@ -213,7 +210,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(loki, settings, tmp_path
     config = write(tmp_path, settings, budget=budget, save_every=2, preserve={**preserve, "batch_size": 1})
     # Without GPUs it starts several processes only if it is told that there are some.
     accelerate = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    errors = errors_of(launch([*accelerate, "-m", "loki", "train", str(config)], tmp_path))
+    errors = errors_of([*accelerate, "-m", "loki", "train", str(config)], tmp_path)
     assert errors.count("wrote ") == 1
     assert errors.count("note: step 2: per-token loss") == 1
     one, two = (record_of(tmp_path / name) for name in ("one", "adapter"))
@@ -234,16 +231,16 @@ def test_two_processes_equal_one_with_the_doubled_batch(loki, settings, tmp_path
 def test_two_processes_that_are_killed_go_on(loki, settings, tmp_path):
     """And end as one that was not interrupted, with the doubled batch; steps enough for the kill to come in time."""
     config = write(tmp_path, settings, steps=30, save_every=10, learning_rate=1e-3)
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "loki", "train", str(config)]
-    process, waited_until = launch(torchrun, tmp_path), time.monotonic() + TIMEOUT
-    while not (tmp_path / "adapter.unfinished/checkpoint-10/trainer_state.json").exists():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < waited_until
-        time.sleep(0.01)
-    kill(process)
-    process.communicate()
+    with WarmRanks(2, "-m", "loki", "train", config, env=on_cpu(), cwd=tmp_path) as processes:
+        waited_until = time.monotonic() + TIMEOUT
+        while not (tmp_path / "adapter.unfinished/checkpoint-10/trainer_state.json").exists():
+            assert processes.poll() is None, processes.communicate()
+            assert time.monotonic() < waited_until
+            time.sleep(0.01)
     assert not (tmp_path / "adapter").exists()
-    errors_of(launch(torchrun, tmp_path))
+    with WarmRanks(2, "-m", "loki", "train", config, env=on_cpu(), cwd=tmp_path) as processes:
+        _, errors = processes.communicate(TIMEOUT)
+    assert processes.returncode == 0, errors
     assert loki("train", config, "--batch-size", 4, "--output-dir", tmp_path / "one").code == 0
     one, two = (record_of(tmp_path / name) for name in ("one", "adapter"))
     # As above.

@@ -53,7 +53,7 @@ def main() -> int:
         "OMP_NUM_THREADS": "1",
     }
     (folder / "pytest.ini").write_text("[pytest]\n")
-    options = ["-q", "-p", "peft_suite.plugin", "-p", "no:cacheprovider", "-W", "ignore", "--tb=short"]
+    options = ["-q", "-p", "peft_suite.plugin", "-p", "frozen", "-p", "no:cacheprovider", "-W", "ignore", "--tb=short"]
     paths = [f"tests/{module}" for module in MODULES]
     command = [sys.executable, "-m", "pytest", *options, *arguments.pytest_arguments, *paths]
     return subprocess.run(command, cwd=folder, env=environment, check=False).returncode

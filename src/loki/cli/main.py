@@ -78,14 +78,16 @@ def options(
     """Options of every command."""
 
 
+# Typer itself shows bad options over several lines; here every error is one.
+command = typer.main.get_command(app)
+
+
 def run() -> None:
     """Entry point of the `loki` command."""
     arguments = [_with_hyphens(argument) for argument in sys.argv[1:]]
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     _set_up_messages(debug=debug)
-    # Typer itself shows bad options over several lines; here every error is one.
-    command = typer.main.get_command(app)
     try:
         code = command.main(args=arguments, prog_name="loki", standalone_mode=False)
     except LokiError as error:
