@@ -44,14 +44,17 @@ demo: install
 # over half of another's.
 AT_A_TIME := --numprocesses 3 --dist worksteal
 
+# The files that have tests with a mark, so that the others are not read.
+marked = -m $(1) $(shell grep --recursive --files-with-matches --include='test_*.py' 'mark\.$(1)\b' tests)
+
 test: install
 	$(BIN)/python -m pytest $(AT_A_TIME)
 
 test-real: install
-	$(BIN)/python -m pytest -m real $(AT_A_TIME)
+	$(BIN)/python -m pytest $(call marked,real) $(AT_A_TIME)
 
 test-data: install
-	$(BIN)/python -m pytest tests -m data $(AT_A_TIME) --data-dir $(DATA_DIR)
+	$(BIN)/python -m pytest $(call marked,data) $(AT_A_TIME) --data-dir $(DATA_DIR)
 
 # A study with all of its data, for two steps; nothing is kept.
 SMOKE := runs/forgetting-smoke
@@ -61,7 +64,7 @@ study-smoke: install
 	rm -rf $(SMOKE)
 
 test-browser: install
-	$(BIN)/python -m pytest tests -m browser
+	$(BIN)/python -m pytest $(call marked,browser)
 
 # PEFT's own tests with LoKI as the method; pip fetches them once, the Hub is not needed.
 peft-suite: install
@@ -111,7 +114,7 @@ $(VENV)/quantised: $(INSTALLED)
 	touch $@
 
 test-quantised: $(VENV)/quantised
-	PYTHONPATH=$(VENV)/quantised $(BIN)/python -m pytest tests/implanting -m quantised $(AT_A_TIME)
+	PYTHONPATH=$(VENV)/quantised $(BIN)/python -m pytest $(call marked,quantised) $(AT_A_TIME)
 
 test_cov: install
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from loki.study.equal_score import Curve
-from loki.study.pairs import compare_pair, mean_difference
+from loki.study.pairs import PLACES, compare_pair, mean_differences
 
 WEIGHTS = {"wiki": np.array([1.0, 3.0])}
 
@@ -16,7 +16,8 @@ def curve(learned_SPN, forgotten_SPM):
 def gain(one, other):
     """In what was learned, over the logarithm of what was forgotten."""
     (learned, forgotten), (other_learned, other_forgotten) = one, other
-    return mean_difference(np.log(forgotten), np.array(learned), np.log(other_forgotten), np.array(other_learned))
+    points = np.log(forgotten), learned, np.log(other_forgotten), other_learned
+    return mean_differences(*(np.array(values, dtype=float)[None] for values in points))[0]
 
 
 def test_two_curves_by_hand():
@@ -34,6 +35,25 @@ def test_against_a_fine_sum_over_the_divergences():
     at = np.linspace(math.log(0.02), math.log(0.07), 100_001)
     heights = [np.interp(at, np.log(forgotten), learned) for learned, forgotten in (one, other)]
     assert gain(one, other) == pytest.approx((heights[0] - heights[1]).mean(), abs=0.02)
+
+
+def test_many_curves_at_once_are_each_by_itself():
+    """Against numpy's own interpolation, with points in any order, some of them at the same place."""
+    draw = np.random.default_rng(2)
+    x_RP, other_x_RP = (draw.integers(0, 6, (200, num_points)).astype(float) for num_points in (3, 4))
+    x_RP[:, 1], other_x_RP[:, 1] = x_RP[:, 0], other_x_RP[:, 2] + 0.5
+    y_RP, other_y_RP = draw.normal(size=x_RP.shape), draw.normal(size=other_x_RP.shape)
+    y_RP[:, 1] = y_RP[:, 0]
+    found_R = mean_differences(x_RP, y_RP, other_x_RP, other_y_RP)
+    assert 20 < np.isnan(found_R).sum() < 180
+    for found, x_P, y_P, other_x_P, other_y_P in zip(found_R, x_RP, y_RP, other_x_RP, other_y_RP, strict=True):
+        ends = max(x_P.min(), other_x_P.min()), min(x_P.max(), other_x_P.max())
+        if math.isnan(found):
+            assert ends[0] >= ends[1]
+            continue
+        at = np.linspace(*ends, PLACES)
+        heights = [np.interp(at, np.sort(x), y[np.argsort(x)]) for x, y in ((x_P, y_P), (other_x_P, other_y_P))]
+        assert found == pytest.approx(np.trapezoid(heights[0] - heights[1], at) / (ends[1] - ends[0]), abs=1e-12)
 
 
 def test_curves_without_a_divergence_in_common_have_no_gain():

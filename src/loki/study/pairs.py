@@ -1,7 +1,7 @@
 """Two methods that differ in one thing, seed by seed and item by item.
 
-Shape suffixes: R resamples, S seeds, P points of a curve (the base first), N items of the task, M windows of a text,
-H held-out examples. Points of held-out losses leave out the base.
+Shape suffixes: R resamples, S seeds, P points of a curve (the base first), K places where two are compared, N items of
+the task, M windows of a text, H held-out examples. Points of held-out losses leave out the base.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def compare_pair(
         forgotten_RP = [means(curve.forgotten_SPM[text], windows_RM[text], seeds_R)[:, 1:] for curve in (one, other)]
         with np.errstate(divide="ignore", invalid="ignore"):  # a change that moved nothing has no logarithm
             logs_RP = [np.log(values_RP) for values_RP in forgotten_RP]
-            equal[text] = _estimate(_gain_at_equal_divergence([points_RP[:, 1:] for points_RP in learned_RP], logs_RP))
+            equal[text] = _estimate(
+                mean_differences(logs_RP[0], learned_RP[0][:, 1:], logs_RP[1], learned_RP[1][:, 1:])
+            )
             ratio[text] = _estimate(forgotten_RP[0][:, -1] / forgotten_RP[1][:, -1])
             ratio_at_equal_loss[text] = _estimate(_ratio_at_equal_loss(lost_RP, logs_RP))
     return Pair(
@@ -87,38 +89,52 @@ def compare_pair(
     )
 
 
-def mean_difference(x_P: np.ndarray, y_P: np.ndarray, other_x_P: np.ndarray, other_y_P: np.ndarray) -> float:
-    """How far one curve lies above another, in the mean over the x that both reach.
+def mean_differences(x_RP: np.ndarray, y_RP: np.ndarray, other_x_RP: np.ndarray, other_y_RP: np.ndarray) -> np.ndarray:
+    """How far one curve lies above another (R,), in the mean over the x that both reach.
 
     Between its points a curve is straight; of what lies below the first part of the change nothing was measured. nan
     where the curves have no x in common.
     """
-    low, high = max(x_P.min(), other_x_P.min()), min(x_P.max(), other_x_P.max())
-    if not low < high:
-        return math.nan
-    at = np.linspace(low, high, PLACES)
-    heights = [
-        np.interp(at, x[order], y[order]) for x, y in ((x_P, y_P), (other_x_P, other_y_P)) for order in [np.argsort(x)]
-    ]
-    return float(np.trapezoid(heights[0] - heights[1], at) / (high - low))
+    low_R = np.maximum(x_RP.min(axis=1), other_x_RP.min(axis=1))
+    high_R = np.minimum(x_RP.max(axis=1), other_x_RP.max(axis=1))
+    if min(x_RP.shape[1], other_x_RP.shape[1]) < 2:  # a curve of one point reaches no second x
+        return np.full(len(low_R), math.nan)
+    at_RK = np.linspace(low_R, high_R, PLACES, axis=1)
+    above_RK = _interpolated(at_RK, x_RP, y_RP) - _interpolated(at_RK, other_x_RP, other_y_RP)
+    means_R = (above_RK[:, :-1] + above_RK[:, 1:]).mean(axis=1) / 2
+    return np.where(low_R < high_R, means_R, math.nan)
 
 
-def _gain_at_equal_divergence(learned_RP: list[np.ndarray], logs_RP: list[np.ndarray]) -> np.ndarray:
-    points = zip(logs_RP[0], learned_RP[0], logs_RP[1], learned_RP[1], strict=True)
-    return np.array([mean_difference(*point) for point in points])
+def _interpolated(at_RK: np.ndarray, x_RP: np.ndarray, y_RP: np.ndarray) -> np.ndarray:
+    """Heights (R, K) of curves of two points and more at K places between their ends, as `numpy.interp` has them."""
+    order_RP = np.argsort(x_RP, axis=1)
+    x_RP, y_RP = (np.take_along_axis(values_RP, order_RP, axis=1) for values_RP in (x_RP, y_RP))
+    before_RK = np.clip((x_RP[:, :, None] <= at_RK[:, None]).sum(axis=1) - 1, 0, x_RP.shape[1] - 2)
+    (x0_RK, y0_RK), (x1_RK, y1_RK) = (
+        [np.take_along_axis(values_RP, place_RK, axis=1) for values_RP in (x_RP, y_RP)]
+        for place_RK in (before_RK, before_RK + 1)
+    )
+    width_RK = x1_RK - x0_RK
+    share_RK = np.divide(at_RK - x0_RK, width_RK, out=np.ones_like(width_RK), where=width_RK > 0)
+    heights_RK: np.ndarray = y0_RK + share_RK * (y1_RK - y0_RK)
+    return heights_RK
 
 
 def _ratio_at_equal_loss(lost_RP: list[np.ndarray], logs_RP: list[np.ndarray]) -> np.ndarray:
     if any(lost.shape != logs.shape for lost, logs in zip(lost_RP, logs_RP, strict=True)):
         return np.full(len(logs_RP[0]), math.nan)
-    points = zip(lost_RP[0], logs_RP[0], lost_RP[1], logs_RP[1], strict=True)
-    return np.exp([mean_difference(*_falling(*point[:2]), *_falling(*point[2:])) for point in points])
+    one, other = (_falling(*curve) for curve in zip(lost_RP, logs_RP, strict=True))
+    ratio_R: np.ndarray = np.exp(mean_differences(*one, *other))
+    return ratio_R
 
 
-def _falling(lost_P: np.ndarray, log_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Points of a curve at which the loss is lower than anywhere before."""
-    kept = np.append(True, lost_P[1:] < np.minimum.accumulate(lost_P)[:-1])
-    return lost_P[kept], log_P[kept]
+def _falling(lost_RP: np.ndarray, log_RP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A curve where it has the lowest loss so far: a point that has not stands where the last one that had does."""
+    places_P = np.arange(lost_RP.shape[1])
+    lowest_RP = np.minimum.accumulate(lost_RP, axis=1)
+    falls_RP = np.diff(lowest_RP, axis=1, prepend=math.inf) < 0
+    kept_RP = np.maximum.accumulate(np.where(falls_RP, places_P, 0), axis=1)
+    return lowest_RP, np.take_along_axis(log_RP, kept_RP, axis=1)
 
 
 def _estimate(values_R: np.ndarray) -> Estimate:
