@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -29,13 +30,17 @@ VERSIONED_PACKAGES = ("loki-peft", "torch", "transformers", "peft", "trl", "lm-e
 
 def versions() -> dict[str, str]:
     """Installed versions of this package and of those that decide numbers."""
-    found = {}
-    for package in VERSIONED_PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    found = {package: _version(package) for package in VERSIONED_PACKAGES}
+    return {package: version for package, version in found.items() if version is not None}
+
+
+@functools.cache
+def _version(package: str) -> str | None:
+    """Read once: searching the environment takes milliseconds."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def digest(value: Any) -> str:
