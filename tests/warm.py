@@ -5,7 +5,6 @@ Importing takes 5 seconds of processor time, most of what a process on a tiny mo
 a process with its own id, environment, folder and files for what it writes, that signals end.
 """
 
-import itertools
 import multiprocessing
 import os
 import runpy
@@ -19,7 +18,6 @@ from pathlib import Path
 IMPORTED = ["transformers.models.llama.modeling_llama", "loki.cli.main", "loki.analysis.run", "loki.training.sft"]
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(IMPORTED)
-_numbers = itertools.count()
 
 
 def _become(arguments: list[str], variables: dict[str, str], folder: str, written: list[str]) -> None:
@@ -46,7 +44,7 @@ class WarmProcess:
         self._written = [Path(self._folder.name) / name for name in ("out", "err")]
         variables = dict(os.environ if env is None else env)
         started = (list(map(str, arguments)), variables, str(cwd), list(map(str, self._written)))
-        self._process = SERVER.Process(target=_become, args=started, name=f"warm-{next(_numbers)}")
+        self._process = SERVER.Process(target=_become, args=started)
         self._process.start()
         self.pid: int = self._process.pid
 
@@ -110,10 +108,6 @@ class WarmRanks:
         """Those of all, one after the other."""
         outputs, errors = zip(*self.outputs(timeout), strict=True)
         return "".join(outputs), "".join(errors)
-
-    def kill(self) -> None:
-        for process in self.processes:
-            process.kill()
 
     def __enter__(self) -> "WarmRanks":
         return self

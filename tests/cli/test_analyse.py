@@ -464,7 +464,7 @@ def test_kills_at_random_moments_lose_at_most_the_part_in_flight(model_dir, many
     for number in range(num_kills):
         with started(model_dir, many, output) as process:
             if number % 4 == 3:
-                time.sleep(rng.uniform(0, 0.5))
+                time.sleep(rng.uniform(0, 0.2))
             else:
                 wanted = len(kept) + rng.randint(0, 1)
                 while process.poll() is None and not (

@@ -193,7 +193,7 @@ def errors_of(arguments, tmp_path):
 
 
 def kill(process):
-    """A launcher and all that it started."""
+    """A launcher and all that it started, each in a session of its own."""
     with contextlib.suppress(psutil.NoSuchProcess):
         for started in [*psutil.Process(process.pid).children(recursive=True), process]:
             started.kill()
