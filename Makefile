@@ -89,15 +89,12 @@ $(FACTORY)/.installed: lf_config/requirements.txt
 # and depends on none of them or touches what other tests touch too, and what needs lm-eval. Old libraries warn of each
 # other.
 LOWEST_TESTS := $(addprefix tests/,implanting training analysis log prompts cli test_architecture.py test_model_costs.py)
-LOWEST_LEFT_OUT := $(addprefix tests/,log/test_faults.py log/test_assembly.py log/test_merge_logs.py \
-	prompts/test_function_calls.py prompts/test_bfcl_requests.py prompts/test_mmlu.py prompts/test_questions.py \
-	analysis/test_ranks.py analysis/test_completeness.py analysis/test_row_scores.py analysis/test_captum.py \
-	cli/test_evaluate_tasks.py \
-	implanting/test_conversion_memory.py implanting/test_suppress.py implanting/test_uninstall.py)
+LOWEST_LEFT_OUT := $(addprefix tests/,prompts/test_function_calls.py prompts/test_bfcl_requests.py prompts/test_mmlu.py \
+	prompts/test_questions.py analysis/test_completeness.py cli/test_evaluate_tasks.py \
+	implanting/test_conversion_memory.py implanting/test_suppress.py)
 LOWEST_SLOW := kill or compile or torn or full_disk or leaves_no_trace or qwen2_5_0_5b or cannot_be_imported \
 	or any_plan or any_division or padding or many_batch or as_before or replaced_with_force or recompute_is \
-	or equal_one_with or without_this_package or for_every_setting or the_modules_differ \
-	or an_interrupted_training
+	or equal_one_with or without_this_package
 
 test-lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/python -m pytest $(AT_A_TIME) -W default $(LOWEST_TESTS) \
