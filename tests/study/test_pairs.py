@@ -44,12 +44,17 @@ def test_many_curves_at_once_are_each_by_itself():
     x_RP[:, 1], other_x_RP[:, 1] = x_RP[:, 0], other_x_RP[:, 2] + 0.5
     y_RP, other_y_RP = draw.normal(size=x_RP.shape), draw.normal(size=other_x_RP.shape)
     y_RP[:, 1] = y_RP[:, 0]
-    found_R = mean_differences(x_RP, y_RP, other_x_RP, other_y_RP)
+    y_RP[::7, 2] = -math.inf
+    other_x_RP[::5, 0] = x_RP[::10, 2] = -math.inf  # the logarithm of a change that moved nothing
+    with np.errstate(invalid="ignore"):
+        found_R = mean_differences(x_RP, y_RP, other_x_RP, other_y_RP)
     assert 20 < np.isnan(found_R).sum() < 180
+    assert np.isfinite(found_R[5::10]).sum() > 5
+    assert np.isnan(found_R[::10]).all()
     for found, x_P, y_P, other_x_P, other_y_P in zip(found_R, x_RP, y_RP, other_x_RP, other_y_RP, strict=True):
         ends = max(x_P.min(), other_x_P.min()), min(x_P.max(), other_x_P.max())
         if math.isnan(found):
-            assert ends[0] >= ends[1]
+            assert ends[0] >= ends[1] or ends[0] == -math.inf
             continue
         at = np.linspace(*ends, PLACES)
         heights = [np.interp(at, np.sort(x), y[np.argsort(x)]) for x, y in ((x_P, y_P), (other_x_P, other_y_P))]

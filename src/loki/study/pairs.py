@@ -93,7 +93,7 @@ def mean_differences(x_RP: np.ndarray, y_RP: np.ndarray, other_x_RP: np.ndarray,
     """How far one curve lies above another (R,), in the mean over the x that both reach.
 
     Between its points a curve is straight; of what lies below the first part of the change nothing was measured. nan
-    where the curves have no x in common.
+    where the curves have no x in common, or infinitely many.
     """
     low_R = np.maximum(x_RP.min(axis=1), other_x_RP.min(axis=1))
     high_R = np.minimum(x_RP.max(axis=1), other_x_RP.max(axis=1))
@@ -102,7 +102,7 @@ def mean_differences(x_RP: np.ndarray, y_RP: np.ndarray, other_x_RP: np.ndarray,
     at_RK = np.linspace(low_R, high_R, PLACES, axis=1)
     above_RK = _interpolated(at_RK, x_RP, y_RP) - _interpolated(at_RK, other_x_RP, other_y_RP)
     means_R = (above_RK[:, :-1] + above_RK[:, 1:]).mean(axis=1) / 2
-    return np.where(low_R < high_R, means_R, math.nan)
+    return np.where((low_R < high_R) & np.isfinite(high_R - low_R), means_R, math.nan)
 
 
 def _interpolated(at_RK: np.ndarray, x_RP: np.ndarray, y_RP: np.ndarray) -> np.ndarray:
@@ -115,9 +115,11 @@ def _interpolated(at_RK: np.ndarray, x_RP: np.ndarray, y_RP: np.ndarray) -> np.n
         for place_RK in (before_RK, before_RK + 1)
     )
     width_RK = x1_RK - x0_RK
-    share_RK = np.divide(at_RK - x0_RK, width_RK, out=np.ones_like(width_RK), where=width_RK > 0)
-    heights_RK: np.ndarray = y0_RK + share_RK * (y1_RK - y0_RK)
-    return heights_RK
+    # From a point at -inf, or at the same place, on a curve is where its next point is.
+    known_RK = (width_RK > 0) & np.isfinite(width_RK)
+    share_RK = np.divide(at_RK - x0_RK, width_RK, out=np.ones_like(width_RK), where=known_RK)
+    between_RK = (1 - share_RK) * y0_RK + share_RK * y1_RK
+    return np.select([share_RK == 0, share_RK == 1], [y0_RK, y1_RK], between_RK)
 
 
 def _ratio_at_equal_loss(lost_RP: list[np.ndarray], logs_RP: list[np.ndarray]) -> np.ndarray:
