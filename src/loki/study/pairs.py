@@ -115,7 +115,7 @@ def _interpolated(at_RK: np.ndarray, x_RP: np.ndarray, y_RP: np.ndarray) -> np.n
         for place_RK in (before_RK, before_RK + 1)
     )
     width_RK = x1_RK - x0_RK
-    # From a point at -inf, or at the same place, on a curve is where its next point is.
+    # After a point at -inf, or another one at the same place, a curve is as high as its next point.
     known_RK = (width_RK > 0) & np.isfinite(width_RK)
     share_RK = np.divide(at_RK - x0_RK, width_RK, out=np.ones_like(width_RK), where=known_RK)
     between_RK = (1 - share_RK) * y0_RK + share_RK * y1_RK
