@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -10,10 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
 from loki.architecture import shape_of
-from loki.errors import ArtefactError, InputError, OutputError
+from loki.errors import ArtefactError, InputError
 from loki.implanting.tuner import LokiConfig
 from loki.progress import Track, silent
 from loki.provenance import (
@@ -26,6 +23,7 @@ from loki.provenance import (
 )
 from loki.rows import RowSelection
 from loki.selection.quota import format_quota
+from loki.training.checkpoints import STATE_FILE, checkpoints_below, last_whole_checkpoint, open_unfinished
 from loki.training.encoding import EncodedExamples, encode_examples
 from loki.training.learning_rate import learning_rate_at, selected_quota
 from loki.training.packing import require_kept_apart
@@ -41,13 +39,11 @@ if TYPE_CHECKING:
     from loki.training.row_rates import RowRates
     from loki.training.trainer import CompletionTrainer
 
-TORCH_WRITER = ("PytorchStreamWriter", "inline_container")
-"""What torch's file writer says of itself in the RuntimeError by which it tells of a full disk."""
 LENGTH_STEP = 32
 """Lengths of batches are multiples of it where a matrix product is compiled for every shape it meets."""
 RECORD = "loki_training.json"
 """In the adapter's folder: what the adapter was trained with, and the training log."""
-UNFINISHED, STATE_FILE, TENSORBOARD_DIR = ".unfinished", "trainer_state.json", "tensorboard"
+UNFINISHED, TENSORBOARD_DIR = ".unfinished", "tensorboard"
 
 
 def train(
@@ -115,8 +111,8 @@ def train(
     with args.main_process_first(local=False):
         if args.process_index == 0:
             require_new_directory(output)
-            _open_unfinished(unfinished, identity)
-        checkpoint = _last_whole_checkpoint(unfinished, remove_torn=args.process_index == 0)
+            open_unfinished(unfinished, identity)
+        checkpoint = last_whole_checkpoint(unfinished, remove_torn=args.process_index == 0)
     shown = ShowProgress(track if args.process_index == 0 else silent)
     trainer = make_trainer(
         model,
@@ -139,7 +135,7 @@ def train(
         for reporting in (budget, preserve):
             if reporting is not None:
                 reporting.report_through(trainer)
-    try:
+    with checkpoints_below(unfinished):
         if checkpoint is not None and stopped is not None and _is_over(stopped, budget):
             # It was killed before the adapter was saved; the Trainer would take one more step.
             _load_adapter(trainer.model, checkpoint)
@@ -157,10 +153,6 @@ def train(
                 # The Trainer knows the mean of the steps that it took itself.
                 done = _mean_loss(stopped.log_history)
                 train_loss = (done * num_done + train_loss * (num_steps - num_done)) / num_steps
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(words in str(error) for words in TORCH_WRITER):
-            raise
-        raise OutputError(f"cannot write a checkpoint below {unfinished}: {error}; make room and train on") from error
     record = {
         **identity,
         "num_trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
@@ -307,35 +299,3 @@ def load_record(adapter: Path) -> dict[str, Any] | None:
     if not isinstance(record, dict):
         raise ArtefactError(f"training record {path} must be a JSON object: train again")
     return record
-
-
-def _last_whole_checkpoint(folder: Path, *, remove_torn: bool = True) -> Path | None:
-    """The newest checkpoint that was written to its end; torn ones are removed.
-
-    The Trainer writes its state file last, so a checkpoint without it, or with half of it, is torn.
-    """
-    newest_first = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
-    for checkpoint in newest_first:
-        try:
-            json.loads((checkpoint / STATE_FILE).read_bytes())
-        except (OSError, ValueError):
-            if remove_torn:
-                shutil.rmtree(checkpoint)
-        else:
-            return checkpoint
-    return None
-
-
-def _open_unfinished(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Make the folder of the checkpoints, next to the adapter's; it may hold those of an interrupted run."""
-    manifest = folder / "manifest.json"
-    if not manifest.exists():
-        write_json(manifest, identity)
-    else:
-        found = read_json(manifest, what="manifest of the unfinished training")
-        changed = sorted(key for key in identity.keys() | found.keys() if found.get(key) != identity.get(key))
-        if changed:
-            raise ArtefactError(
-                f"{folder} holds an unfinished training of other {', '.join(changed)}: "
-                "train with the same ones to finish it, or remove that folder"
-            )
