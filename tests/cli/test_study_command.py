@@ -82,6 +82,8 @@ def test_figures_are_of_all_finished_runs_whatever_this_command_runs(loki, confi
     ("options", "text"),
     [
         (["--workers", "0"], "--workers 0 is not possible: give 1 or more"),
+        (["--save-minutes", "-1"], "--save-minutes -1.0 is not possible: give 0 or more"),
+        (["--save-minutes", "nan"], "--save-minutes nan is not possible: give 0 or more"),
         (["--max-hours", "0"], "--max-hours 0.0 is not possible: give a number above 0"),
         (["--only", "fourth"], "method 'fourth' is unknown: this study has first, second, third"),
         (["--data-dir", "nowhere"], "data folder 'nowhere' does not exist: give --data-dir"),

@@ -15,15 +15,18 @@ from loki.errors import ArtefactError, InputError
 from loki.evaluation.completions import completion_losses
 from loki.log.reader import AttributionLog
 from loki.models import load_model, load_tokenizer
-from loki.study import conduct, tasks
+from loki.study import conduct, tasks, training
 from loki.study.collect import collect
 from loki.study.conduct import Study
+from loki.study.costs import StepClock
 from loki.study.finished import held_out_loss, scaled_scores_of, scores_of
 from loki.study.forecast import forecast
 from loki.study.plan import BASE, Run
 from loki.study.run import carry_out
 from loki.study.settings import AnalysisSection, DamageSection, DialSection, PreserveSection, load_study, smoke
 from loki.study.training import Workplace
+from loki.training.callbacks import SaveInTime
+from loki.training.trainer import CompletionTrainer
 
 LORA_TARGETS = 7
 
@@ -344,6 +347,105 @@ def test_the_same_run_gives_the_same_figures(study, tmp_path):
     rate = study.methods["rows"].learning_rates[0]
     other = carry_out(Workplace(study, tmp_path), Run("rows", "whole", rate, seed=1))
     assert scores_of(other)["held_out"] != first["held_out"]
+
+
+class Pulled(SaveInTime):
+    """The plug is pulled as soon as a checkpoint is written."""
+
+    def on_save(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+
+def interrupted(settings, folder, monkeypatch):
+    """A study whose last run was cut off at step 10; returns that run."""
+    with monkeypatch.context() as pulled:
+        pulled.setattr(training, "SaveInTime", Pulled)
+        with pytest.raises(KeyboardInterrupt):
+            Study(settings, folder, save_minutes=1e-9).conduct()
+    (run,) = Study(settings, folder).next_runs()
+    assert [path.name for path in checkpoints(folder, run)] == ["checkpoint-10"]
+    return run
+
+
+def checkpoints(folder, run):
+    return list((folder / "unfinished" / run.id).glob("checkpoint-*"))
+
+
+def with_steps(study, method, **changes):
+    """One method alone, for 14 steps; a loss is logged at the tenth."""
+    train = study.train.model_copy(update={"steps": 14, "mixed_precision": True})
+    return study.model_copy(update={"train": train, "methods": {"one": method}, **changes})
+
+
+GUARDED = {
+    "kept": {"preserve": PreserveSection(texts="c4", every=3)},
+    "rates": {"damage": DamageSection(log="harm", rates=True)},
+    "anchor": {"damage": DamageSection(log="harm", anchor=0.1)},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # SHiRA's
+@pytest.mark.parametrize(
+    "method",
+    ["full", "lora", "pissa", "rows", "dora", "rslora", "corda", "shira", "miss", "osf", "star", *GUARDED],
+)
+def test_an_interrupted_training_goes_on_to_the_same_end(study, tmp_path, method, monkeypatch):
+    guarded = {name: study.methods["rows"].model_copy(update=guard) for name, guard in GUARDED.items()}
+    harm = AnalysisSection(corpora=("c4",), num_prompts=4, score="damage", batch_size=1)
+    long = with_steps(study, (study.methods | guarded)[method], analyses={**study.analyses, "harm": harm})
+    straight, folder = Study(long, tmp_path / "straight"), tmp_path / "out"
+    straight.conduct()
+    assert not straight.failed
+    run = interrupted(long, folder, monkeypatch)
+    timed = []
+    step_end = StepClock.on_step_end
+
+    def count(clock, *args, **kwargs):
+        step_end(clock, *args, **kwargs)
+        timed.append(len(clock.seconds))
+
+    monkeypatch.setattr(StepClock, "on_step_end", count)
+    resumed = Study(long, folder)
+    resumed.conduct()
+    assert not resumed.failed
+    assert timed == [11, 12, 13, 14]
+    one, other = straight.results[run].figures, resumed.results[run].figures
+    assert other["scores"] == one["scores"]
+    assert other["log"] == one["log"]
+    assert not (folder / "unfinished").exists()
+
+
+def test_checkpoints_of_another_training_are_not_taken(study, tmp_path, monkeypatch):
+    folder, long = tmp_path / "out", with_steps(study, study.methods["full"])
+    run = interrupted(long, folder, monkeypatch)
+    (folder / "runs/base.json").unlink()
+    other = Study(long.model_copy(update={"task": long.task.model_copy(update={"examples": 6})}), folder)
+    other.conduct()
+    told = f"{folder / 'unfinished' / run.id} holds an unfinished training of other task: "
+    assert other.failed[run].startswith(told)
+    assert checkpoints(folder, run)
+    # One that leaves none reads none.
+    Study(other.settings, folder, save_minutes=0).conduct()
+    assert other.path_of(run).is_file()
+    assert checkpoints(folder, run) == []
+
+
+def test_a_full_disk_fails_a_run_that_can_go_on(study, tmp_path, monkeypatch):
+    folder, long = tmp_path / "out", with_steps(study, study.methods["rows"])
+
+    def fill_disk(*_arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(CompletionTrainer, "_save_checkpoint", fill_disk)
+        work = Study(long, folder, save_minutes=1e-9)
+        work.conduct()
+    ((run, told),) = work.failed.items()
+    assert told.startswith(f"cannot write a checkpoint below {folder / 'unfinished' / run.id}: ")
+    assert told.endswith("make room and train on")
+    again = Study(long, folder)
+    again.conduct()
+    assert run in again.results
 
 
 def test_rows_at_zero(study, tmp_path):

@@ -30,6 +30,10 @@ def study(
     keep_adapters: Annotated[
         bool, typer.Option("--keep-adapters", help="Keep the adapters of whole runs, in the study's folder.")
     ] = False,
+    save_minutes: Annotated[
+        float,
+        typer.Option(help="Minutes between checkpoints of a training, which goes on from them; 0 keeps none."),
+    ] = 10.0,
     plan: Annotated[bool, typer.Option("--plan", help="Say how many runs and hours are left, and stop.")] = False,
     smoke: Annotated[
         bool,
@@ -40,7 +44,8 @@ def study(
     """Train every method on the same examples, and measure what each learned, forgot and cost.
 
     Learning rates are chosen by the loss of held-out examples after short runs. Each finished run is a file of its own;
-    the same command goes on where it was stopped. The figures of all finished runs are written after each.
+    the same command goes on where it was stopped, within a training too. The figures of all finished runs are written
+    after each.
 
     Example: loki study experiments/forgetting.yaml --data-dir data --workers 2
     """
@@ -58,11 +63,13 @@ def study(
         raise InputError(f"--workers {workers} is not possible: give 1 or more")
     if max_hours is not None and not max_hours > 0:
         raise InputError(f"--max-hours {max_hours} is not possible: give a number above 0")
+    if not save_minutes >= 0:
+        raise InputError(f"--save-minutes {save_minutes} is not possible: give 0 or more")
     settings = load_study(config, data_dir=data_dir)
     folder = output_dir or Path("runs") / (f"{config.stem}-smoke" if smoke else config.stem)
     result = result or folder / "study.json"
     require_writable_parent(result)
-    work = Study(shrink(settings) if smoke else settings, folder, only or (), keep_adapters)
+    work = Study(shrink(settings) if smoke else settings, folder, only or (), keep_adapters, save_minutes)
     if plan:
         typer.echo(_plan_line(forecast(work)))
         return

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from loki.study.training import Workplace
 
 logger = logging.getLogger(__name__)
 
-RUNS_DIR, LOGS_DIR, ADAPTERS_DIR = "runs", "analyses", "adapters"
+RUNS_DIR, LOGS_DIR, ADAPTERS_DIR, UNFINISHED_DIR = "runs", "analyses", "adapters", "unfinished"
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class Study:
     """Methods to run; empty is all."""
     keep_adapters: bool = False
     """Whether whole runs leave their adapters in the folder."""
+    save_minutes: float = 10.0
+    """Between two checkpoints of a training, from which it goes on when it was interrupted; 0 keeps none."""
     results: dict[Run, Result] = field(default_factory=dict)
     """Finished runs."""
     begun: dict[Run, Begun] = field(default_factory=dict)
@@ -128,6 +131,8 @@ class Study:
         threads = None if workers is None else max(1, _num_processors() // workers)
         adapters = self.folder / ADAPTERS_DIR if self.keep_adapters else None
         place = Workplace(self.settings, self.folder / LOGS_DIR, threads, adapters)
+        if self.save_minutes:
+            place = replace(place, unfinished=self.folder / UNFINISHED_DIR, save_seconds=60 * self.save_minutes)
         with _here() if workers is None else _pool(prepare) as submit:
             under_way: dict[Future[Result], tuple[Run, float]] = {}
             while True:
@@ -137,10 +142,12 @@ class Study:
                 for run in waiting[: (workers or 1) - len(under_way)]:
                     under_way[submit(*self._work(place, run))] = (run, time.monotonic())
                 if not under_way:
-                    return
+                    break
                 for future in wait(under_way, return_when=FIRST_COMPLETED).done:
                     run, began = under_way.pop(future)
                     self._finish(run, future, time.monotonic() - began, tell)
+        with suppress(OSError):  # it holds what others left unfinished
+            (self.folder / UNFINISHED_DIR).rmdir()
 
     def do_now(self, run: Run) -> None:
         """Carry out one run that needs no analysis, in this process.
@@ -195,6 +202,7 @@ class Study:
         if result is not None:
             result.save(self.path_of(run))
             self.results[run] = result
+            shutil.rmtree(self.folder / UNFINISHED_DIR / run.id, ignore_errors=True)
         else:
             self.failed[run] = error or ""
         num_done = len(self.results) + len(self.failed)

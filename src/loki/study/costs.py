@@ -13,16 +13,23 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+STEP_SECONDS = "step_seconds"
 RESET_PEAK = "5"
 """What proc(5) takes for: forget the peak of resident memory."""
 
 
 class StepClock(TrainerCallback):
-    """Times every optimiser step."""
+    """Times every optimiser step, in the trainer's log too, so that a training that goes on knows of those before."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self._start = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take up what an interrupted training has timed."""
+        self.seconds = [row[STEP_SECONDS] for row in state.log_history if STEP_SECONDS in row]
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -33,6 +40,7 @@ class StepClock(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop."""
         self.seconds.append(time.perf_counter() - self._start)
+        state.log_history.append({"step": state.global_step, STEP_SECONDS: self.seconds[-1]})
 
     @property
     def median(self) -> float | None:

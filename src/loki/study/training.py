@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from peft import PeftModel
 from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from loki.architecture import shape_of
 from loki.evaluation.text import load_texts
@@ -24,11 +26,14 @@ from loki.study.analyses import load_selection, log_path
 from loki.study.corpora import load_corpora
 from loki.study.costs import StepClock, forget_peak_memory, peak_memory_mib
 from loki.study.dialled import dialled_parts
+from loki.study.identity import identity
 from loki.study.methods import Setup, peft_config
 from loki.study.plan import Run
 from loki.study.row_damage import DamageAnchor
 from loki.study.settings import MethodSection, StudySettings
 from loki.study.tasks import Task
+from loki.training.callbacks import SaveInTime
+from loki.training.checkpoints import checkpoints_below, last_whole_checkpoint, open_unfinished
 from loki.training.encoding import encode_examples
 from loki.training.preserve import PreservePredictions
 from loki.training.row_rates import RowRates
@@ -54,6 +59,10 @@ class Workplace:
     threads: int | None = None
     adapters: Path | None = None
     """Where whole runs leave their adapters; None keeps none."""
+    unfinished: Path | None = None
+    """Where trainings leave checkpoints, to go on from when they are interrupted; None keeps none."""
+    save_seconds: float = math.inf
+    """Between two of them."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +92,10 @@ def train_once(
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
 ) -> Trained:
-    """Train by one method.
+    """Train by one method, from the last checkpoint on where the same training was interrupted.
 
     Raises:
-        LokiError: data, positions or a model that cannot be used.
+        LokiError: data, positions or a model that cannot be used, or checkpoints of another training in the way.
     """
     settings = place.settings
     assert run.learning_rate is not None
@@ -105,18 +114,22 @@ def train_once(
     torch.manual_seed(run.seed)
     encoded = encode_examples(tokenizer, task.examples)
     clock = StepClock()
-    callbacks = [clock, *_guards(place, method, tokenizer)]
+    callbacks = [clock, *_guards(place, method, tokenizer), SaveInTime(place.save_seconds)]
     config = peft_config(method, _setup(place, run, method, model, tokenizer))
     with tempfile.TemporaryDirectory() as folder:
-        args = trainer_arguments(chosen, Path(folder), run.learning_rate, model)
-        args.save_strategy = "no"
+        unfinished = Path(folder) if place.unfinished is None else place.unfinished / run.id
+        open_unfinished(unfinished, identity(settings, run))
+        checkpoint = last_whole_checkpoint(unfinished)
+        args = trainer_arguments(chosen, unfinished, run.learning_rate, model)
+        args.save_strategy, args.save_total_limit = SaveStrategy.NO, 1
         trainer = make_trainer(model, tokenizer, encoded, args, peft_config=config, callbacks=callbacks)
         trained = trainer.model
         if config is None:
             trained.requires_grad_(True)
         num_trainable = sum(p.numel() for p in trained.parameters() if p.requires_grad)
         forget_peak_memory()
-        trainer.train()
+        with checkpoints_below(unfinished):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         peak = peak_memory_mib()
         trained.save_pretrained(Path(folder) / "saved")
         saved_bytes = sum(path.stat().st_size for path in (Path(folder) / "saved").glob("*.safetensors"))

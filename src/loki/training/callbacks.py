@@ -1,7 +1,8 @@
-"""Trainer callbacks: training progress for whoever started it, and the way to a trainer's reporters."""
+"""Trainer callbacks: training progress for whoever started it, checkpoints by the clock, and the way to reporters."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,34 @@ class ShowProgress(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Advance by one step."""
         next(self.steps, None)
+
+
+class SaveInTime(TrainerCallback):
+    """Has a trainer leave a checkpoint when `seconds` have passed since it began or left the last one.
+
+    It waits for a step that is logged: a trainer that goes on has lost the losses that were not. None is left after
+    the last step: the training is over then.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._since = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start."""
+        self._since = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask for a checkpoint where it is time."""
+        is_time = time.monotonic() - self._since >= self.seconds
+        if is_time and control.should_log and state.global_step < state.max_steps:
+            control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Start anew."""
+        self._since = time.monotonic()
 
 
 def reporters_of(trainer: Trainer, prefix: str) -> Callable[[Row], None]:
