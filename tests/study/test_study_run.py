@@ -371,9 +371,9 @@ def checkpoints(folder, run):
     return list((folder / "unfinished" / run.id).glob("checkpoint-*"))
 
 
-def with_steps(study, method, **changes):
-    """One method alone, for 14 steps; a loss is logged at the tenth."""
-    train = study.train.model_copy(update={"steps": 14, "mixed_precision": True})
+def with_steps(study, method, *, steps=14, **changes):
+    """One method alone; a loss is logged at step 10."""
+    train = study.train.model_copy(update={"steps": steps, "mixed_precision": True})
     return study.model_copy(update={"train": train, "methods": {"one": method}, **changes})
 
 
@@ -413,6 +413,13 @@ def test_an_interrupted_training_goes_on_to_the_same_end(study, tmp_path, method
     assert other["scores"] == one["scores"]
     assert other["log"] == one["log"]
     assert not (folder / "unfinished").exists()
+
+
+def test_no_checkpoint_is_left_after_the_last_step(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "SaveInTime", Pulled)
+    work = Study(with_steps(study, study.methods["rows"], steps=10), tmp_path / "out", save_minutes=1e-9)
+    work.conduct()
+    assert len(work.results) == 2
 
 
 def test_checkpoints_of_another_training_are_not_taken(study, tmp_path, monkeypatch):
