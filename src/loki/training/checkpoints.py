@@ -52,7 +52,11 @@ def last_whole_checkpoint(folder: Path, *, remove_torn: bool = True) -> Path | N
 
 
 def open_unfinished(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Make the folder of the checkpoints, next to the adapter's; it may hold those of an interrupted run."""
+    """Make the folder of a training's checkpoints; it may hold those of the same training, interrupted.
+
+    Raises:
+        ArtefactError: it holds those of another.
+    """
     manifest = folder / "manifest.json"
     if not manifest.exists():
         write_json(manifest, identity)
