@@ -14,7 +14,7 @@ from pathlib import Path
 
 import platformdirs
 
-from loki.errors import InputError
+from loki.errors import InputError, OutputError
 from loki.provenance import new_directory, write_json
 
 EMBEDDED_NAME = "embedded"
@@ -41,14 +41,20 @@ def embedded_model_directory() -> Path:
     gguf = _find_gguf()
     version = importlib.metadata.version(PACKAGE)
     directory = cache_directory() / f"SmolLM2-135M-Instruct-{version}"
-    if not (directory / LABEL_FILE).is_file():
+    label = directory / LABEL_FILE
+    if not label.is_file():
         logger.info("converting %s to %s (once)", gguf.name, directory)
-        with new_directory(directory) as temporary:
-            _convert(gguf, temporary)
-            write_json(
-                temporary / LABEL_FILE,
-                {"label": EMBEDDED_LABEL, "source": f"{PACKAGE} {version}, {gguf.name}"},
-            )
+        try:
+            with new_directory(directory) as temporary:
+                _convert(gguf, temporary)
+                write_json(
+                    temporary / LABEL_FILE,
+                    {"label": EMBEDDED_LABEL, "source": f"{PACKAGE} {version}, {gguf.name}"},
+                )
+        except OutputError:
+            # Another process may have been converting it at the same time, and have ended first.
+            if not label.is_file():
+                raise
     return directory
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny import NUM_COLUMNS, NUM_LAYERS
+from tiny import NUM_COLUMNS, NUM_LAYERS, NUM_ROWS
 
 from loki.errors import ArtefactError, InputError
 from loki.evaluation.completions import completion_losses
@@ -306,6 +306,58 @@ def test_rows_of_least_damage_are_trained(study, tmp_path):
     with AttributionLog(tmp_path / "out/analyses/harm.h5") as log:
         assert log.header.settings["score"] == "damage"
         assert min(float(scores_NLD.min()) for scores_NLD in log.chunks()) >= 0
+
+
+@pytest.mark.parametrize("log", [None, "mine"])
+def test_rows_of_attention_are_trained(study, tmp_path, log):
+    """Drawn, or elected by an attribution of the same module."""
+    analyses = {"mine": study.analyses["mine"].model_copy(update={"site_module": "o_proj"})}
+    chosen = {"strategy": "random" if log is None else "layer_balanced", "log": log, "site_module": "o_proj"}
+    method = study.methods["rows"].model_copy(update={"rows": study.methods["rows"].rows.model_copy(update=chosen)})
+    work = Study(study.model_copy(update={"analyses": analyses, "methods": {"rows": method}}), tmp_path / "out")
+    work.keep_adapters = True
+    work.conduct()
+    assert not work.failed
+    (run,) = (run for run in work.results if run.phase == "whole")
+    figures = work.results[run].figures
+    # Two rows of each layer, as wide as the heads together.
+    assert figures["num_trainable"] == NUM_LAYERS * 2 * NUM_ROWS
+    saved = load_file(tmp_path / "out/adapters" / run.id / "adapter_model.safetensors")
+    assert len(saved) >= NUM_LAYERS
+    assert all(".self_attn.o_proj." in name for name in saved)
+    assert work.results[run].settings["method"]["rows"]["site_module"] == "o_proj"
+    if log is not None:
+        with AttributionLog(tmp_path / "out/analyses/mine.h5") as found:
+            assert found.header.settings["site_module"] == "o_proj"
+
+
+def test_rows_of_attention_at_zero(study, tmp_path):
+    """With all of them at zero, nothing comes from attention."""
+    rows = study.methods["zeroed"].rows.model_copy(update={"quota": 100, "site_module": "o_proj"})
+    method = study.methods["zeroed"].model_copy(update={"rows": rows})
+    result = done(study.model_copy(update={"methods": {"zeroed": method}}), tmp_path, "zeroed", "suppress")
+    assert result.figures["num_suppressed_rows"] == NUM_LAYERS * NUM_ROWS
+    model, tokenizer = load_model(study.model, dtype="float32"), load_tokenizer(study.model)
+    for layer in model.model.layers:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+    losses = completion_losses(model, tokenizer, tasks.load_task(study.task, study.data_dir, tokenizer).held_out)
+    assert tuple(losses) == scores_of(result)["held_out"].scores
+
+
+@pytest.mark.parametrize("targets", ["all", "ffn", "attention"])
+def test_an_adapter_on_one_block_alone(study, tmp_path, targets):
+    blocks = {"ffn": "mlp.", "attention": "self_attn."}
+    method = study.methods["lora"].model_copy(update={"targets": targets})
+    result = done(study.model_copy(update={"methods": {"lora": method}}), tmp_path, "lora", "screen")
+    model = load_model(study.model, dtype="float32")
+    linear = [(name, module) for name, module in model.model.layers.named_modules() if hasattr(module, "in_features")]
+    sizes = [
+        method.rank * (module.in_features + module.out_features)
+        for name, module in linear
+        if blocks.get(targets, "") in name
+    ]
+    assert len(sizes) == NUM_LAYERS * {"all": 7, "ffn": 3, "attention": 4}[targets]
+    assert result.figures["num_trainable"] == sum(sizes)
 
 
 @pytest.mark.parametrize("damage", [{"anchor": 1e6}, {"rates": True}])

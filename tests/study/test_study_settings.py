@@ -70,6 +70,20 @@ def method(**changes):
         ({"evaluate": {"scales": [0.5, 0.5]}}, "scales must ascend, not [0.5, 0.5]"),
         ({"evaluate": {"scales": [1.0]}}, "evaluate.scales.0: input should be less than 1"),
         ({"analyses": {"a": {"corpora": ["mmlu"], "steps": 0}}}, "steps"),
+        (
+            {
+                "analyses": {"a": {"corpora": ["mmlu"]}},
+                "methods": method(kind="loki", rows={"log": "a", "site_module": "o_proj"}),
+            },
+            "method 'm' has rows of o_proj, and the analysis 'a' is of down_proj: give both the same site_module",
+        ),
+        (
+            {
+                "analyses": {"a": {"corpora": ["c4"], "score": "damage", "site_module": "o_proj"}},
+                "methods": method(kind="loki", rows={"strategy": "random"}, damage={"log": "a"}),
+            },
+            "method 'm' has rows of down_proj, and the analysis 'a' is of o_proj",
+        ),
     ],
 )
 def test_bad_settings_are_named(write_study, changes, text):
@@ -98,12 +112,12 @@ def test_no_run_is_shorter_than_the_steps_between_passes(write_study, rates, eve
 
 def test_a_smoke_of_any_score_and_of_a_dial_is_possible(write_study):
     analyses = {
-        "damage": {"corpora": ["c4"], "num_prompts": 300, "score": "damage"},
+        "damage": {"corpora": ["c4"], "num_prompts": 300, "score": "damage", "site_module": "o_proj"},
         "kva": {"corpora": ["mmlu"], "num_prompts": 400},
     }
-    rows = method(kind="loki", rows={"quota": 10, "log": "damage"}, dial={"by": "rows"})
+    rows = method(kind="loki", rows={"quota": 10, "log": "damage", "site_module": "o_proj"}, dial={"by": "rows"})
     small = smoke(load_study(write_study(analyses=analyses, methods=rows)))
-    assert small.analyses["damage"].settings() == RowScoreSettings("damage")
+    assert small.analyses["damage"].settings() == RowScoreSettings("damage", site_module="o_proj")
     assert small.analyses["kva"].settings().steps == 2
     assert [analysis.num_prompts for analysis in small.analyses.values()] == [2, 2]
     assert small.methods["m"].dial.text_tokens == 64

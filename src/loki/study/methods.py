@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FFN = ("gate_proj", "up_proj", "down_proj")
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", *FFN)
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+TARGETS: Mapping[str, tuple[str, ...]] = {"all": (*ATTENTION, *FFN), "ffn": FFN, "attention": ATTENTION}
 """Linear layers by the names that Llama and its kin give them."""
 ALPHA_PER_RANK = 2
 PISSA_ITERATIONS = 16
@@ -96,11 +97,14 @@ def _miss(method: MethodSection, _setup: Setup) -> PeftConfig:
 
 def _loki(method: MethodSection, setup: Setup) -> PeftConfig:
     assert setup.rows is not None
-    return LokiConfig(positions=setup.rows, r=method.rank, task_type="CAUSAL_LM")
+    assert method.rows is not None
+    return LokiConfig(
+        positions=setup.rows, target_modules=method.rows.site_module, r=method.rank, task_type="CAUSAL_LM"
+    )
 
 
 def _targets(method: MethodSection) -> list[str]:
-    return list(LINEAR if method.targets == "all" else FFN)
+    return list(TARGETS[method.targets])
 
 
 _CONFIGS: Mapping[Kind, Callable[[MethodSection, Setup], PeftConfig | None]] = {

@@ -13,6 +13,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from loki.architecture import projections, shape_of
+from loki.choices import ModuleName
 from loki.evaluation.completions import completion_losses
 from loki.evaluation.remembered import RememberedModel
 from loki.evaluation.scores import ItemScores
@@ -51,9 +52,9 @@ def carry_out(place: Workplace, run: Run) -> Result:
     method = settings.methods.get(run.method)
     figures: dict[str, Any] = {}
     part_of_change: Parts | None = None
-    if method is not None and run.phase == "suppress":
+    if method is not None and method.rows is not None and run.phase == "suppress":
         rows = load_selection(method.rows, settings, place.folder, shape_of(model), run.seed)
-        figures["num_suppressed_rows"] = _suppress(model, rows)
+        figures["num_suppressed_rows"] = _suppress(model, rows, method.rows.site_module)
     elif method is not None:
         trained = train_once(place, run, method, model, tokenizer, task)
         model, part_of_change, figures = trained.model, trained.parts, dict(trained.figures)
@@ -80,9 +81,9 @@ def carry_out(place: Workplace, run: Run) -> Result:
 
 
 @torch.no_grad()
-def _suppress(model: PreTrainedModel, rows: RowSelection) -> int:
+def _suppress(model: PreTrainedModel, rows: RowSelection, module: ModuleName) -> int:
     """Set rows to zero, biases too, as `loki suppress` does it in a checkpoint."""
-    for projection, chosen in zip(projections(model).values(), rows.rows, strict=True):
+    for projection, chosen in zip(projections(model, module).values(), rows.rows, strict=True):
         weight_DF: torch.Tensor = projection.get_parameter("weight")
         weight_DF = weight_DF.T if isinstance(projection, Conv1D) else weight_DF
         for tensor in (weight_DF, getattr(projection, "bias", None)):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loki.analysis.settings import KVASettings, RowScoreSettings
-from loki.choices import DtypeName, Objective, Rule, ScoreName, StrategyName
+from loki.choices import DtypeName, ModuleName, Objective, Rule, ScoreName, StrategyName
 from loki.errors import InputError
 from loki.selection.quota import parse_quota
 from loki.training.config import first_mistake, read_settings
@@ -90,6 +90,8 @@ class AnalysisSection(_Section):
     """Those other than KVA read whole texts, and have none of its settings."""
     seed: int = 0
     """Of the labels that such a score draws."""
+    site_module: ModuleName = "down_proj"
+    """Whose rows are scored: the feed-forward block's output projection, or attention's."""
 
     def settings(self) -> KVASettings | RowScoreSettings:
         """In the library's own form.
@@ -99,10 +101,10 @@ class AnalysisSection(_Section):
         """
         of_kva = {"rule", "steps", "objective", "multiply_by_activation"}
         if self.score == "kva":
-            return KVASettings(**self.model_dump(include=of_kva))
+            return KVASettings(**self.model_dump(include=of_kva), site_module=self.site_module)
         if given := sorted(of_kva & self.model_fields_set):
             raise InputError(f"analysis of score {self.score!r} has no {given[0]}: leave it out")
-        return RowScoreSettings(self.score, seed=self.seed)
+        return RowScoreSettings(self.score, seed=self.seed, site_module=self.site_module)
 
 
 class RowsSection(_Section):
@@ -114,6 +116,8 @@ class RowsSection(_Section):
     """Name of an analysis; the random strategy needs none."""
     layers: str | None = None
     """Such as `0-9`; None is all."""
+    site_module: ModuleName = "down_proj"
+    """Whose rows: the feed-forward block's output projection, or attention's."""
 
 
 class PreserveSection(_Section):
@@ -159,8 +163,8 @@ class MethodSection(_Section):
     """Of LoKI, and of rows that are suppressed."""
     rank: int = Field(default=0, ge=0)
     """Of LoRA, SHiRA, MiSS and LoKI*."""
-    targets: Literal["all", "ffn"] = "all"
-    """Linear layers with an adapter."""
+    targets: Literal["all", "ffn", "attention"] = "all"
+    """Linear layers with an adapter: of both blocks, or of one."""
     variant: Literal["plain", "rslora", "dora", "pissa", "corda"] = "plain"
     """Of LoRA."""
     calibration: str | None = None
@@ -178,7 +182,7 @@ class MethodSection(_Section):
         named = (self.rows.log if self.rows else None, self.damage.log if self.damage else None, self.calibration)
         return tuple(dict.fromkeys(name for name in named if name is not None))
 
-    def require_whole(self, name: str, analyses: Sequence[str]) -> None:
+    def require_whole(self, name: str, analyses: Mapping[str, AnalysisSection]) -> None:
         """Raise InputError unless the method has all it needs and nothing that it has no use for."""
         is_trained = self.kind != "suppress"
         if is_trained != bool(self.learning_rates):
@@ -211,6 +215,12 @@ class MethodSection(_Section):
             if log not in analyses:
                 raise InputError(
                     f"method {name!r} names the analysis {log!r}: there are {', '.join(analyses) or 'none'}"
+                )
+        if self.rows is not None:
+            for log in (log for log in self.logs if analyses[log].site_module != self.rows.site_module):
+                raise InputError(
+                    f"method {name!r} has rows of {self.rows.site_module}, and the analysis {log!r} is of "
+                    f"{analyses[log].site_module}: give both the same site_module"
                 )
 
 
@@ -252,7 +262,7 @@ def load_study(path: Path, *, data_dir: Path | None = None) -> StudySettings:
     for analysis in settings.analyses.values():
         analysis.settings()
     for name, method in settings.methods.items():
-        method.require_whole(name, list(settings.analyses))
+        method.require_whole(name, settings.analyses)
         shortest = settings.train.screen_steps if len(method.learning_rates) > 1 else settings.train.steps
         if method.preserve is not None and method.preserve.every > shortest:
             raise InputError(
