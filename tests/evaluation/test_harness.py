@@ -324,13 +324,16 @@ def test_scores_of_something_else_are_not_taken_for_ours(model, make_model, toke
     ):
         with pytest.raises(ArtefactError, match=rf"another evaluation \({difference}\): remove it or choose another"):
             evaluate_tasks(other, tokenizer, ["arc_easy"], data_dir=arc, folder=folder, **options)
-    rows = make_rows("arc_easy")
-    write_rows(arc, "arc_easy", [row | {"answer": 0} for row in rows])
+    ours = (arc / BENCHMARKS["arc_easy"].path).read_text()
+    write_rows(arc, "arc_easy", [row | {"answer": 0} for row in make_rows("arc_easy")])
     with pytest.raises(ArtefactError, match="other items"):
         evaluate_tasks(model, tokenizer, ["arc_easy"], data_dir=arc, folder=folder)
-    (folder / "arc_easy.json").write_text("[]")
-    with pytest.raises(ArtefactError, match="holds no scores: remove it"):
-        evaluate_tasks(model, tokenizer, ["arc_easy"], data_dir=arc, folder=folder)
+    (arc / BENCHMARKS["arc_easy"].path).write_text(ours)
+    stored = json.loads((folder / "arc_easy.json").read_text())
+    for spoilt in ("[]", json.dumps(stored | {"scores": dict.fromkeys(stored["scores"], "much")})):
+        (folder / "arc_easy.json").write_text(spoilt)
+        with pytest.raises(ArtefactError, match="holds no scores: remove it"):
+            evaluate_tasks(model, tokenizer, ["arc_easy"], data_dir=arc, folder=folder)
 
 
 @pytest.fixture

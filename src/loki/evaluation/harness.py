@@ -12,14 +12,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loki.errors import ArtefactError, InputError
+from loki.errors import InputError
 from loki.evaluation.benchmarks.checks import CHECKS, is_checkable
 from loki.evaluation.benchmarks.rows import group_of, load_examples, load_rows, sample
 from loki.evaluation.benchmarks.table import BENCHMARKS, Kind, expand, find, known_names
 from loki.evaluation.scores import ItemScores
+from loki.evaluation.stored import Store, answer_all
 from loki.progress import Track, silent
 from loki.prompts.parts import PartName, part_of
-from loki.provenance import digest, fingerprint_model, read_json, write_json
+from loki.provenance import digest, fingerprint_model
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
@@ -127,57 +128,20 @@ def evaluate_tasks(
                 **asdict(settings),
                 "lm_eval": metadata.version("lm_eval"),
             }
-            store = _Store(folder / f"{task.name}.json", identity)
+            store = Store(folder / f"{task.name}.json", identity, float)
         results.append(_score(task, harness_model, store, track=track))
     return results
 
 
-def _score(task: _Task, model: LanguageModel, store: _Store | None, *, track: Track) -> ItemScores:
+def _score(task: _Task, model: LanguageModel, store: Store[float] | None, *, track: Track) -> ItemScores:
     from loki.evaluation.language_model import quiet
 
-    done = {} if store is None else store.read()
-    missing = [id_ for id_ in task.ids if id_ not in done]
-    if store is not None and done:
-        logger.info("%s: %d of %d items were scored already", task.name, len(done), len(task.ids))
-    at_once = ITEMS_AT_ONCE[task.kind]
-    chunks = [missing[start : start + at_once] for start in range(0, len(missing), at_once)]
-    for chunk in track(chunks, task.name, sizes=[len(chunk) for chunk in chunks], unit="items"):
+    def answer(ids: Sequence[str]) -> list[float]:
         with quiet():
-            scores = task.score(model, chunk)
-        done.update(zip(chunk, scores, strict=True))
-        if store is not None:
-            store.write(done)
+            return task.score(model, ids)
+
+    done = answer_all(task.name, task.ids, answer, store, at_once=ITEMS_AT_ONCE[task.kind], track=track)
     return ItemScores(task.name, task.metric, task.ids, tuple(done[id_] for id_ in task.ids), chance=task.chance)
-
-
-class _Store:
-    """The scores of one task on disk, with what they are scores of."""
-
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
-        self.path = path
-        self.identity = dict(identity)
-
-    def read(self) -> dict[str, float]:
-        """What is done so far."""
-        if not self.path.exists():
-            return {}
-        values = read_json(self.path, what="scores")
-        if not isinstance(values, dict) or not isinstance(values.get("scores"), dict):
-            raise ArtefactError(f"{self.path} holds no scores: remove it or choose another folder")
-        there = values.get("identity")
-        if there != self.identity:
-            names = [
-                name for name in self.identity if not isinstance(there, dict) or there.get(name) != self.identity[name]
-            ]
-            raise ArtefactError(
-                f"{self.path} holds scores of another evaluation (other {', '.join(names)}): remove it or choose "
-                "another folder"
-            )
-        return {str(id_): float(score) for id_, score in values["scores"].items()}
-
-    def write(self, scores: Mapping[str, float]) -> None:
-        """Write what is done so far, the old file whole until the new one is."""
-        write_json(self.path, {"identity": self.identity, "scores": dict(scores)})
 
 
 def _from_folder(name: str, data_dir: str | Path, settings: HarnessSettings, *, allow_code_execution: bool) -> _Task:
