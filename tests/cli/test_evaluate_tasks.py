@@ -157,6 +157,68 @@ def test_the_same_command_goes_on(evaluate, folder, model_dir, monkeypatch):
     assert sorted(path.name for path in folder.glob("result*")) == ["result.json"]
 
 
+@pytest.fixture
+def calls(folder):
+    """Two requests that want a call, and one that wants none."""
+    function = {"name": "f", "parameters": {"properties": {}}}
+    rows = [
+        {
+            "id": f"r{index}",
+            "category": "simple_python",
+            "functions": [function],
+            "messages": [{"role": "user", "content": f"Number {index}."}],
+            "answer": "[f()]" if truth else None,
+            "ground_truth": truth,
+        }
+        for index, truth in enumerate([[{"f": {}}], [{"f": {}}], None])
+    ]
+    (folder / "data/bfcl_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def says(monkeypatch):
+    """Replies by number; the same of both models until the second is asked."""
+    replies = [["[f()]", "x", "[]"], ["[f()]", "[f()]", "[f()]"]]
+    monkeypatch.setattr(
+        "loki.evaluation.bfcl.generate_replies", lambda _model, _tokenizer, conversations, **_: replies.pop(0)
+    )
+
+
+def test_what_is_learned_stands_beside_what_was_known(loki, folder, model_dir, kept, calls, says):
+    options = ("--tasks", "bfcl,arc_easy", "--data-dir", "data", "--base", model_dir, "--output", "result.json")
+    done = loki("evaluate", "after", *options)
+    assert done.code == 0
+    lost = 100 * (1 - kept)
+    # Refusals fell from 100 to 0 %: that is no knowledge, and the forgetting score has ARC-Easy alone.
+    assert f"losses only {lost:.2f} %, {lost:.2f} points lost, over arc_easy" in done.out
+    assert "left out" not in done.out
+    assert "*" not in done.out
+    result = Result.load(folder / "result.json")
+    assert {row.name: (row.before.value, row.after.value) for row in result.comparisons} == {
+        "arc_easy": (pytest.approx(100), pytest.approx(100 * kept)),
+        "bfcl": (pytest.approx(200 / 3), pytest.approx(200 / 3)),
+        "bfcl_calls": (50, 100),
+        "bfcl_single": (50, 100),
+        "bfcl_irrelevance": (100, 0),
+    }
+    notes = {row.name: row.note for row in result.comparisons}
+    assert notes["bfcl_calls"] == "right; 95 % interval of the change +0.0 … +100.0"
+    assert "chance" in notes["arc_easy"]
+    assert not list(folder.glob("*.parts"))
+
+
+def test_what_is_learned_alone_needs_no_harness(loki, folder, model_dir, calls, says, monkeypatch):
+    monkeypatch.setattr("loki.evaluation.harness._require_lm_eval", lambda: pytest.fail("lm-eval is not needed"))
+    options = ("--tasks", "bfcl", "--data-dir", "data")
+    alone = loki("evaluate", model_dir, *options, "--output", "base.json")
+    assert alone.code == 0
+    assert "chance" not in alone.out.replace("chance ", "", 1)
+    told = loki("evaluate", "after", *options, "--baseline", "base.json")
+    assert told.code == 0
+    assert "+50.0, +0.0 … +100.0" in told.out
+    assert "forgetting" not in told.out
+
+
 def test_tasks_are_named_once_or_many_times(loki, folder, model_dir):
     options = ("--tasks", "piqa, arc_easy", "--tasks", "piqa", "--data-dir", "data", "--limit", 3, "--json")
     done = loki("evaluate", model_dir, *options)
@@ -170,6 +232,14 @@ def test_tasks_are_named_once_or_many_times(loki, folder, model_dir):
         (
             ("--tasks", "arc_hard", "--data-dir", "data"),
             "task 'arc_hard' is unknown: choose from hellaswag, winogrande",
+        ),
+        (("--tasks", "arc_hard", "--data-dir", "data"), "loki-paper, likelihood, bfcl, acebench, toolace, scifact"),
+        (("--tasks", "bfcl"), "task 'bfcl' is scored on local data: give --data-dir"),
+        (("--tasks", "bfcl", "--data-dir", "data"), "data has no data for task 'bfcl': it is expected in toolcall/"),
+        (("--tasks", "scifact", "--data-dir", "data", "--num-fewshot", "2"), "and scifact shows no examples"),
+        (
+            ("--tasks", "bfcl", "--data-dir", "data", "--base", "after", "--fail-above", "1%"),
+            "--fail-above judges what was known before, and bfcl is what is learned: name a benchmark too",
         ),
         (("--tasks", "sciq", "--data-dir", "data"), "data has no data for task 'sciq': it is expected in"),
         (("--tasks", "arc_easy", "--data-dir", "none"), "data folder 'none' does not exist"),

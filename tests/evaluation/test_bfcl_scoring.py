@@ -269,7 +269,9 @@ def test_scores_of_groups_by_hand():
 
 
 def test_a_group_without_requests_has_no_score():
-    assert set(score_bfcl([reply("s", True)])) == {"bfcl", "bfcl_calls", "bfcl_single", "bfcl_non_live"}
+    # Nothing is live: what others than BFCL collected has no such parts.
+    assert set(score_bfcl([reply("s", True)])) == {"bfcl", "bfcl_calls", "bfcl_single"}
+    assert set(score_bfcl([reply("s", True)], "toolace")) == {"toolace", "toolace_calls", "toolace_single"}
     with pytest.raises(InputError, match="no replies are there to score: answer at least one request"):
         score_bfcl([])
 

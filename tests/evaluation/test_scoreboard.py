@@ -31,6 +31,15 @@ def test_only_what_the_base_knew_counts():
     assert (forgotten.counted, forgotten.left_out) == (("known", "better"), ("guessed",))
 
 
+def test_what_is_learned_is_no_part_of_what_is_forgotten():
+    learned = scores("calls", 50), scores("calls", 90)
+    with_it = make_scoreboard([*AFTER, learned[1]], [*BEFORE, learned[0]], learned=["calls"])
+    assert with_it.forgotten == make_scoreboard(AFTER, BEFORE).forgotten
+    assert with_it.comparisons[-1].change.value == 40
+    assert "chance" not in with_it.comparisons[-1].note
+    assert make_scoreboard([learned[1]], [learned[0]], learned=["calls"]).forgotten is None
+
+
 def test_the_interval_of_the_score_is_as_wide_as_its_error():
     """One task: relative loss 1 − ā/b̄; its standard error by the delta method, from 400 items."""
     draw = np.random.default_rng(1)

@@ -1,4 +1,4 @@
-"""`loki evaluate --tasks … --text …`: benchmarks and running text, before and after."""
+"""`loki evaluate --tasks … --text …`: benchmarks, what is learned, and running text, before and after."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from loki.choices import DtypeName
 from loki.cli.show import notes, print_json, track
 from loki.errors import InputError
 from loki.evaluation.benchmarks.table import expand, require_known
+from loki.evaluation.downstream import DOWNSTREAM, evaluate_downstream
 from loki.evaluation.harness import evaluate_tasks
 from loki.evaluation.scoreboard import Scoreboard, interval_text, make_scoreboard, parse_percentage, read_baseline
 from loki.evaluation.text import load_texts, text_scores
@@ -58,6 +59,16 @@ class BenchmarkOptions:
     trust_remote_code: bool
     as_json: bool
 
+    @property
+    def benchmarks(self) -> list[str]:
+        """Those of the tasks that lm-eval scores, groups by their members."""
+        return [name for name in expand(self.tasks) if name not in DOWNSTREAM] if self.tasks else []
+
+    @property
+    def downstream(self) -> list[str]:
+        """Those of the tasks that are learned."""
+        return [name for name in expand(self.tasks) if name in DOWNSTREAM] if self.tasks else []
+
 
 def evaluate_benchmarks(options: BenchmarkOptions, load: Callable[[str], PreTrainedModel]) -> None:
     """Score the model, and the one before training where it is named; show, write, and judge."""
@@ -68,11 +79,14 @@ def evaluate_benchmarks(options: BenchmarkOptions, load: Callable[[str], PreTrai
     reference = None
     if before is None and (options.base is not None or options.adapter is not None):
         reference = load(options.base or options.model)
-        before = _task_scores(options, reference, tokenizer, "before")
+        before = _benchmark_scores(options, reference, tokenizer, "before")
+        before += _downstream_scores(options, reference, tokenizer, "before")
     model = load(options.model)
     if options.adapter is not None:
         model = merge_in_memory(model, options.adapter)
-    after = _task_scores(options, model, tokenizer, "after")
+    after = _benchmark_scores(options, model, tokenizer, "after")
+    learned = _downstream_scores(options, model, tokenizer, "after")
+    after += learned
     for name, rows in texts.items():
         read = text_scores(
             model,
@@ -87,7 +101,7 @@ def evaluate_benchmarks(options: BenchmarkOptions, load: Callable[[str], PreTrai
         after += read.model
         if before is not None:
             before += read.reference
-    board = make_scoreboard(after, before, seed=options.seed)
+    board = make_scoreboard(after, before, learned=[scores.task for scores in learned], seed=options.seed)
     result = Result("evaluate", _settings(options), board.figures(), board.comparisons, options.seed, _label(options))
     if options.output is not None:
         result.save(options.output)
@@ -117,23 +131,53 @@ def _check(options: BenchmarkOptions) -> float | None:
             "--fail-above compares benchmarks with a model before training: give --tasks and --base or --baseline"
         )
     if options.tasks or not options.texts:
-        chosen = expand(options.tasks)
+        expand(options.tasks)
         if options.data_dir is not None:
-            require_known(chosen)
+            require_known(options.benchmarks, others=DOWNSTREAM)
+    if options.downstream:
+        named = ", ".join(options.downstream)
+        if options.data_dir is None:
+            raise InputError(f"task {options.downstream[0]!r} is scored on local data: give --data-dir")
+        if options.num_fewshot:
+            raise InputError(f"--num-fewshot {options.num_fewshot} is for benchmarks, and {named} shows no examples")
+        if most is not None and not options.benchmarks:
+            raise InputError(
+                f"--fail-above judges what was known before, and {named} is what is learned: name a benchmark too"
+            )
     if options.output is not None:
         require_writable_parent(options.output)
     return most
 
 
-def _task_scores(
+def _downstream_scores(
     options: BenchmarkOptions, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, which: str
 ) -> list[ItemScores]:
-    if not options.tasks:
+    if not options.downstream:
+        return []
+    assert options.data_dir is not None
+    return evaluate_downstream(
+        model,
+        tokenizer,
+        options.downstream,
+        data_dir=options.data_dir,
+        limit=options.limit,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+        folder=None if options.output is None else _parts(options.output) / which,
+        track=track,
+    )
+
+
+def _benchmark_scores(
+    options: BenchmarkOptions, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, which: str
+) -> list[ItemScores]:
+    if not options.benchmarks:
         return []
     return evaluate_tasks(
         model,
         tokenizer,
-        options.tasks,
+        options.benchmarks,
         data_dir=options.data_dir,
         limit=options.limit,
         seed=options.seed,
@@ -190,8 +234,8 @@ def _print(board: Scoreboard, label: str) -> None:
     if compared:
         table.add_column("change, 95 % interval", justify="right", no_wrap=True)
     for after, before, difference in zip(board.after, board.before, board.differences, strict=True):
-        chance = f"{after.chance or 0.0:.1f}" if after.unit == "%" else ""
-        if after.unit == "%" and not (before or after).is_above_chance:
+        chance = f"{after.chance or 0.0:.1f}" if board.is_benchmark(after) else ""
+        if board.is_benchmark(after) and not (before or after).is_above_chance:
             chance = f"{chance} *"
         cells = [after.task, chance]
         if compared:
@@ -203,7 +247,7 @@ def _print(board: Scoreboard, label: str) -> None:
     console = Console(highlight=False)
     console.print(table)
     if any(
-        scores.unit == "%" and not (old or scores).is_above_chance
+        board.is_benchmark(scores) and not (old or scores).is_above_chance
         for scores, old in zip(board.after, board.before, strict=True)
     ):
         console.print(
@@ -212,7 +256,7 @@ def _print(board: Scoreboard, label: str) -> None:
         )
     if board.forgotten is not None:
         _print_forgotten(board, console)
-    elif any(before is not None and before.unit == "%" for before in board.before):
+    elif any(before is not None and board.is_benchmark(before) for before in board.before):
         console.print("forgetting: no task on which the model before training is above chance", soft_wrap=True)
 
 

@@ -17,7 +17,8 @@ def evaluate(
     tasks: Annotated[
         list[str] | None,
         typer.Option(
-            help="Benchmarks for lm-eval, such as arc_easy,piqa, likelihood or loki-paper (docs/evaluate.md)."
+            help="Benchmarks for lm-eval, such as arc_easy,piqa, likelihood or loki-paper, and what is learned: bfcl, "
+            "acebench, toolace, scifact (docs/evaluate.md)."
         ),
     ] = None,
     text: Annotated[

@@ -77,27 +77,30 @@ def answer_bfcl(
     return [BfclReply(request, text, is_right(text, request)) for request, text in zip(requests, texts, strict=True)]
 
 
-def score_bfcl(replies: Sequence[BfclReply]) -> dict[str, ItemScores]:
+def score_bfcl(replies: Sequence[BfclReply], task: str = "bfcl") -> dict[str, ItemScores]:
     """Share of right replies: all, by kind, and live and non-live among those that want a call.
 
     Groups are `bfcl`, `bfcl_calls` (all that want a call), `bfcl_single`, `bfcl_multiple`, `bfcl_parallel`,
     `bfcl_live`, `bfcl_non_live` and `bfcl_irrelevance` (the share of right refusals, which a model that never calls
-    anything gets in full); one without requests is left out.
+    anything gets in full), or so with another `task`; one without requests is left out, and live and non-live where
+    nothing is live.
 
     Raises:
         InputError: no replies.
     """
     if not replies:
         raise InputError("no replies are there to score: answer at least one request")
+    calling = [reply for reply in replies if reply.request.ground_truth]
+    live = [reply for reply in calling if reply.request.live]
     groups = {
-        "bfcl": list(replies),
-        "bfcl_calls": [reply for reply in replies if reply.request.ground_truth],
-        "bfcl_single": [reply for reply in replies if reply.request.kind == "single"],
-        "bfcl_multiple": [reply for reply in replies if reply.request.kind == "multiple"],
-        "bfcl_parallel": [reply for reply in replies if reply.request.kind == "parallel"],
-        "bfcl_live": [reply for reply in replies if reply.request.ground_truth and reply.request.live],
-        "bfcl_non_live": [reply for reply in replies if reply.request.ground_truth and not reply.request.live],
-        "bfcl_irrelevance": [reply for reply in replies if reply.request.kind == "irrelevance"],
+        task: list(replies),
+        f"{task}_calls": calling,
+        f"{task}_single": [reply for reply in replies if reply.request.kind == "single"],
+        f"{task}_multiple": [reply for reply in replies if reply.request.kind == "multiple"],
+        f"{task}_parallel": [reply for reply in replies if reply.request.kind == "parallel"],
+        f"{task}_live": live,
+        f"{task}_non_live": [reply for reply in calling if live and not reply.request.live],
+        f"{task}_irrelevance": [reply for reply in replies if reply.request.kind == "irrelevance"],
     }
     return {
         name: ItemScores(
@@ -116,7 +119,7 @@ def is_right(text: str, request: BfclRequest) -> bool:
 
     A reply may stand in back quotes and may lack the brackets at its ends, as in BFCL.
     """
-    calls = read_calls(_in_brackets(text))
+    calls = read_calls(_in_brackets(text), _names(request))
     if not request.ground_truth:
         return not calls and not _begins_call(text, request.functions)
     return calls is not None and right_calls(calls, request)
@@ -132,6 +135,12 @@ def right_calls(calls: Sequence[NamedArguments], request: BfclRequest) -> bool:
         for accepted in request.ground_truth
     ]
     return _can_be_paired(fitting)
+
+
+def _names(request: BfclRequest) -> set[str]:
+    """Of the functions on offer, and of their arguments."""
+    arguments = (argument_schema(function).get("properties", {}) for function in request.functions)
+    return {function["name"] for function in request.functions}.union(*arguments)
 
 
 def _in_brackets(text: str) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ast
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from loki.evaluation.odd_names import with_stand_ins
 from loki.progress import Track, silent
 from loki.prompts.function_calls import Call, CallExample, Value
 from loki.prompts.render import render_chat
@@ -29,12 +30,14 @@ class Reply:
     right: bool
 
 
-def read_calls(text: str) -> tuple[NamedArguments, ...] | None:
+def read_calls(text: str, names: Collection[str] = ()) -> tuple[NamedArguments, ...] | None:
     """Name and arguments of each call of a reply such as `[f(a="x", b=[1, 2]), g()]`, or None if it is anything else.
 
     Arguments must be given by name, as literals: texts, numbers, True, False, None, and lists, tuples and
-    dictionaries of them. Nothing is executed.
+    dictionaries of them. Nothing is executed. Of `names`, those of functions and arguments, the ones that Python's
+    grammar does not know are read too.
     """
+    text, known = with_stand_ins(text, names)
     try:
         with warnings.catch_warnings():
             # Python has opinions on style in what a model writes.
@@ -44,7 +47,7 @@ def read_calls(text: str) -> tuple[NamedArguments, ...] | None:
         return None
     if not isinstance(tree.body, ast.List):
         return None
-    calls = tuple(_read_call(node) for node in tree.body.elts)
+    calls = tuple(_read_call(node, known) for node in tree.body.elts)
     return None if None in calls else tuple(call for call in calls if call is not None)
 
 
@@ -143,7 +146,8 @@ def generate_replies(
     return [replies[index] for index in range(len(texts))]
 
 
-def _read_call(node: ast.expr) -> NamedArguments | None:
+def _read_call(node: ast.expr, known: Mapping[str, str]) -> NamedArguments | None:
+    """`known` are names by the stand-ins that the tree has for them."""
     if not isinstance(node, ast.Call) or node.args:
         return None
     arguments: dict[str, object] = {}
@@ -157,7 +161,8 @@ def _read_call(node: ast.expr) -> NamedArguments | None:
             return None
         arguments[keyword.arg] = value
     name = _dotted_name(node.func)
-    return None if name is None else (name, arguments)
+    named = {known.get(argument, argument): value for argument, value in arguments.items()}
+    return None if name is None else (known.get(name, name), named)
 
 
 def _is_plain(value: object) -> bool:

@@ -7,7 +7,7 @@ interval of the plain one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,12 @@ class Scoreboard:
     differences: tuple[Difference | None, ...]
     forgotten: Forgotten | None
     """None without a model before training, or where that is above chance on no task."""
+    learned: frozenset[str] = frozenset()
+    """Names of scores of what is learned: they are no part of what is forgotten, and guessing gets nothing there."""
+
+    def is_benchmark(self, scores: ItemScores) -> bool:
+        """Whether a row is one that chance is known of, and that counts as forgotten."""
+        return scores.unit == "%" and scores.task not in self.learned
 
     @property
     def comparisons(self) -> tuple[Comparison, ...]:
@@ -63,7 +69,7 @@ class Scoreboard:
                 after=after.mean,
                 change=None if difference is None else difference.change,
                 higher_is_better=after.higher_is_better,
-                note=_note(after, before, difference),
+                note=_note(after, before, difference, judges=self.is_benchmark(after)),
             )
             for after, before, difference in zip(self.after, self.before, self.differences, strict=True)
         )
@@ -91,16 +97,23 @@ class Scoreboard:
         return figures
 
 
-def make_scoreboard(after: Sequence[ItemScores], before: Sequence[ItemScores] | None, *, seed: int = 0) -> Scoreboard:
+def make_scoreboard(
+    after: Sequence[ItemScores],
+    before: Sequence[ItemScores] | None,
+    *,
+    learned: Collection[str] = (),
+    seed: int = 0,
+) -> Scoreboard:
     """Set the scores of two models beside each other, task by task, in the order of `after`.
 
     Tasks that only `after` has (such as the divergence from the base) stand alone; more tasks in `before` are no harm.
+    Those named in `learned` do not count towards forgetting.
 
     Raises:
         InputError: `before` lacks a task, or has it on other items.
     """
     if before is None:
-        return Scoreboard(tuple(after), (None,) * len(after), (None,) * len(after), None)
+        return Scoreboard(tuple(after), (None,) * len(after), (None,) * len(after), None, frozenset(learned))
     there = {scores.task: scores for scores in before}
     for scores in after:
         if scores.task not in there and scores.metric != "kl":
@@ -112,8 +125,12 @@ def make_scoreboard(after: Sequence[ItemScores], before: Sequence[ItemScores] | 
     differences = tuple(
         None if one is None else compare(one, other, seed=seed) for one, other in zip(paired, after, strict=True)
     )
-    pairs = [(one, other) for one, other in zip(paired, after, strict=True) if one is not None]
-    return Scoreboard(tuple(after), paired, differences, _forgotten(pairs, seed=seed))
+    known = [
+        (one, other)
+        for one, other in zip(paired, after, strict=True)
+        if one is not None and other.task not in set(learned)
+    ]
+    return Scoreboard(tuple(after), paired, differences, _forgotten(known, seed=seed), frozenset(learned))
 
 
 def read_baseline(path: Path, settings: Mapping[str, Any]) -> list[ItemScores]:
@@ -187,9 +204,9 @@ def _interval(pairs: Sequence[tuple[ItemScores, ItemScores]], *, seed: int) -> t
     return float(low), float(high)
 
 
-def _note(after: ItemScores, before: ItemScores | None, difference: Difference | None) -> str:
+def _note(after: ItemScores, before: ItemScores | None, difference: Difference | None, *, judges: bool) -> str:
     parts = [after.metric]
-    if after.unit == "%":
+    if judges:
         parts.append(f"chance {Measure(after.chance or 0.0, unit='%')}")
         judged = before or after
         parts.append(f"{'model' if before is None else 'base'} {'above' if judged.is_above_chance else 'at'} chance")

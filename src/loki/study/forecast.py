@@ -9,7 +9,6 @@ from loki.results import Result
 from loki.study.conduct import Study
 from loki.study.plan import BASE, Run, num_runs, runs_by_phase
 from loki.study.run import carry_out
-from loki.study.settings import RowsSection
 from loki.study.training import Workplace
 
 TIMED_STEPS = 3
@@ -69,7 +68,7 @@ def _timed_step(study: Study) -> float:
         return 0.0
     name, method = first
     if method.rows is not None:
-        rows = RowsSection(strategy="random", quota=method.rows.quota, layers=method.rows.layers)
+        rows = method.rows.model_copy(update={"strategy": "random", "log": None})
         method = method.model_copy(update={"rows": rows, "damage": None})
     short = {"train": settings.train.model_copy(update={"screen_steps": TIMED_STEPS}), "methods": {name: method}}
     place = Workplace(settings.model_copy(update=short), study.folder)

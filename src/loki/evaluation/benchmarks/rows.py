@@ -12,13 +12,31 @@ from loki.evaluation.benchmarks.table import BENCHMARKS, Benchmark
 from loki.prompts.json_lines import answer_field, choices_field, read_rows, shown, text_field, user_path
 
 
+def find_file(task: str, name: str, data_dir: str | Path) -> Path:
+    """A task's file, at `name` in the data folder or right in it, plain or gzipped.
+
+    Raises:
+        InputError: no such folder or file.
+    """
+    data_dir = user_path(data_dir)
+    if not data_dir.is_dir():
+        raise InputError(f"data folder {str(data_dir)!r} does not exist: name the folder that holds {name}")
+    for place in (data_dir / name, data_dir / Path(name).name):
+        for path in (place, place.with_name(f"{place.name}.gz")):
+            if path.is_file():
+                return path
+    raise InputError(
+        f"{data_dir} has no data for task {task!r}: it is expected in {name} or {name}.gz, there or without the folder"
+    )
+
+
 def load_rows(benchmark: Benchmark, data_dir: str | Path) -> list[dict[str, Any]]:
     """All rows of a benchmark, with `id` and the benchmark's fields; a letter for an answer becomes its index.
 
     Raises:
         InputError: no such file, or a row that cannot be used.
     """
-    path = _find(benchmark.name, benchmark.path, user_path(data_dir))
+    path = find_file(benchmark.name, benchmark.path, data_dir)
     rows = []
     places: dict[str, str] = {}
     for where, _, row in read_rows(path):
@@ -49,7 +67,7 @@ def load_examples(
             f"task {benchmark.name!r} has no solved problems to show in a data folder, and --num-fewshot is {number}: "
             f"leave it out, or name tasks that have ({having})"
         )
-    path = _find(benchmark.name, benchmark.examples_path, user_path(data_dir))
+    path = find_file(benchmark.name, benchmark.examples_path, data_dir)
     for where, _, row in read_rows(path):
         problem = _fields(benchmark, row, where)
         group = examples.get(group_of(benchmark, problem), [])
@@ -86,18 +104,6 @@ def sample(task: str, ids: Sequence[str], limit: int | None, seed: int) -> list[
     marks = {id_: hashlib.sha256(f"{seed} {task} {id_}".encode()).digest() for id_ in ids}
     chosen = set(sorted(ids, key=marks.__getitem__)[:limit])
     return [id_ for id_ in ids if id_ in chosen]
-
-
-def _find(task: str, name: str, data_dir: Path) -> Path:
-    if not data_dir.is_dir():
-        raise InputError(f"data folder {str(data_dir)!r} does not exist: name the folder that holds {name}")
-    for place in (data_dir / name, data_dir / Path(name).name):
-        for path in (place, place.with_name(f"{place.name}.gz")):
-            if path.is_file():
-                return path
-    raise InputError(
-        f"{data_dir} has no data for task {task!r}: it is expected in {name} or {name}.gz, there or without the folder"
-    )
 
 
 def _fields(benchmark: Benchmark, row: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -143,14 +143,15 @@ def find(name: str) -> Benchmark:
     return BENCHMARKS[name]
 
 
-def require_known(names: Sequence[str]) -> None:
-    """Make sure that every name is one of a benchmark.
+def require_known(names: Sequence[str], *, others: Sequence[str]) -> None:
+    """Make sure that every name is one of a benchmark; `others` are names that could be given too.
 
     Raises:
         InputError: one is not.
     """
     for name in names:
-        find(name)
+        if name not in BENCHMARKS:
+            raise InputError(f"task {name!r} is unknown: choose from {', '.join([known_names(), *others])}")
 
 
 def known_names() -> str:
