@@ -1,5 +1,6 @@
 """`loki evaluate --tasks`: before and after on benchmarks, as a table, as a file, and as a gate."""
 
+import gzip
 import json
 
 import pytest
@@ -217,6 +218,24 @@ def test_what_is_learned_alone_needs_no_harness(loki, folder, model_dir, calls, 
     assert told.code == 0
     assert "+50.0, +0.0 … +100.0" in told.out
     assert "forgetting" not in told.out
+
+
+def test_texts_of_the_data_folder_are_named_among_the_tasks_too(loki, folder, model_dir):
+    (folder / "data/text").mkdir()
+    with gzip.open(folder / "data/text/wikitext2_test.jsonl.gz", "wb") as file:
+        file.write((folder / "text.jsonl").read_bytes())
+    options = (model_dir, "--base", model_dir, "--data-dir", "data", "--json")
+    among = loki("evaluate", *options, "--tasks", "wikitext2,arc_easy")
+    apart = loki("evaluate", *options, "--tasks", "arc_easy", "--text", "wikitext2")
+    assert among.code == 0
+    assert json.loads(among.out) == json.loads(apart.out)
+    assert [row["name"] for row in json.loads(among.out)["comparisons"]] == [
+        "arc_easy",
+        "wikitext2_loss",
+        "wikitext2_kl",
+    ]
+    alone = loki("evaluate", *options, "--tasks", "wikitext2", "--text", "wikitext2")
+    assert [row["name"] for row in json.loads(alone.out)["comparisons"]] == ["wikitext2_loss", "wikitext2_kl"]
 
 
 def test_tasks_are_named_once_or_many_times(loki, folder, model_dir):

@@ -89,17 +89,22 @@ def evaluate(
     load = partial(load_model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if tasks or text:
         from loki.cli.benchmarks import BenchmarkOptions, evaluate_benchmarks
+        from loki.evaluation.text import FILES
 
         if completions is not None:
             raise InputError(
                 f"--completions {completions} is not read beside --tasks or --text: evaluate it on its own"
             )
+        chosen, texts = split_names(tasks), split_names(text)
+        if data_dir is not None:  # a text of the data folder is as good as a task; on the Hub `c4` is the harness' own
+            texts += tuple(name for name in chosen if name in FILES and name not in texts)
+            chosen = tuple(name for name in chosen if name not in FILES)
         options = BenchmarkOptions(
             model=model,
             base=base,
             adapter=adapter,
-            tasks=split_names(tasks),
-            texts=split_names(text),
+            tasks=chosen,
+            texts=texts,
             data_dir=data_dir,
             limit=limit,
             text_tokens=text_tokens,
