@@ -5,6 +5,8 @@ from typing import get_args
 import pytest
 import torch
 from families import FAMILY_MODELS, NUM_ROWS, draw_prompts
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.pytorch_utils import Conv1D
@@ -16,6 +18,7 @@ from loki.architecture import (
     decoder_layers,
     down_projections,
     family_of,
+    linear_layers,
     model_type_of,
     projections,
     shape_of,
@@ -119,6 +122,24 @@ def test_sites_of_both_modules_are_all_that_a_layer_adds_to_the_residual_stream(
         added = share * (seen["down_proj", i] + seen["o_proj", i])
         assert added.norm() > 0.1
         torch.testing.assert_close(seen["in", i] + added, seen["out", i], rtol=1e-5, atol=1e-5)
+
+
+@EACH_FAMILY
+def test_linear_layers_of_both_blocks_are_all_that_a_decoder_layer_has(name):
+    """And an adapter of PEFT's takes their names, and no other layer."""
+    model = build(name)
+    both, ffn, attention = (
+        linear_layers(model, blocks) for blocks in (("down_proj", "o_proj"), ("down_proj",), ("o_proj",))
+    )
+    inside = tuple(f"{layer}." for layer in decoder_layers(model))
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and n.startswith(inside)]
+    assert both == linear
+    assert sorted([*ffn, *attention]) == sorted(both)
+    assert set(projections(model, "down_proj")) < set(ffn)
+    assert set(projections(model, "o_proj")) < set(attention)
+    config = LoraConfig(r=1, target_modules=ffn, fan_in_fan_out=model.config.model_type == "gpt2")
+    adapted = get_peft_model(model, config).base_model.model
+    assert [n for n, m in adapted.named_modules() if isinstance(m, LoraLayer)] == ffn
 
 
 @EACH_FAMILY

@@ -6,7 +6,7 @@ to `tests/families.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -160,6 +160,22 @@ def projections(model: nn.Module, module: ModuleName = "down_proj") -> dict[str,
 def down_projections(model: nn.Module) -> dict[str, nn.Module]:
     """The linear layer that ends each feed-forward block: `projections` of the module that LoKI trains."""
     return projections(model, "down_proj")
+
+
+def linear_layers(model: nn.Module, blocks: Sequence[ModuleName] = ("down_proj", "o_proj")) -> list[str]:
+    """Full names of all linear layers in the blocks that end with these projections, layer by layer.
+
+    Raises:
+        ArchitectureError: as `decoder_layers`.
+    """
+    family = family_of(model_type_of(model))
+    inside = tuple(f"{family.projection(block).rpartition('.')[0]}." for block in blocks)
+    return [
+        f"{layer_name}.{name}"
+        for layer_name, layer in decoder_layers(model).items()
+        for name, module in layer.named_modules()
+        if name.startswith(inside) and _size(module) is not None
+    ]
 
 
 def attribution_sites(

@@ -7,9 +7,10 @@ import shutil
 
 import pytest
 import torch
+from families import FAMILY_MODELS
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny import NUM_COLUMNS, NUM_LAYERS, NUM_ROWS
+from tiny import NUM_COLUMNS, NUM_LAYERS, NUM_ROWS, make_tokenizer
 
 from loki.errors import ArtefactError, InputError
 from loki.evaluation.completions import completion_losses
@@ -111,7 +112,6 @@ def test_the_base_is_only_scored(study, tmp_path):
         "bfcl_calls",
         "bfcl",
         "bfcl_single",
-        "bfcl_non_live",
         "bfcl_irrelevance",
     ]
     assert len(scores["held_out"].ids) == 3
@@ -159,6 +159,26 @@ def test_rivals_learn_and_move_too(study, tmp_path, base_loss, method):
     assert scores_of(result)["c4_kl"].mean.value > 0
     full = sum(p.numel() for p in load_model(study.model, dtype="float32").parameters())
     assert 0 < result.figures["num_trainable"] < full
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # SHiRA's
+@pytest.mark.parametrize("family", ["gpt_neox", "phi3-longrope", "gpt2"])
+def test_rivals_find_their_layers_in_any_family(study, tmp_path, family):
+    """Whatever these are called: fused or not, `nn.Linear` or `Conv1D`."""
+    model = FAMILY_MODELS[family].build(vocab_size=260, max_position_embeddings=700)
+    model.save_pretrained(tmp_path / family)
+    make_tokenizer().save_pretrained(tmp_path / family)
+    # LoRA alone knows `Conv1D`.
+    names = ("lora",) if family == "gpt2" else ("lora", "shira", "miss", "osf")
+    methods = {name: study.methods[name] for name in names}
+    work = Study(study.model_copy(update={"model": str(tmp_path / family), "methods": methods}), tmp_path / "out")
+    work.conduct()
+    assert not work.failed
+    found = {run.method: result for run, result in work.results.items()}
+    assert set(found) == {"base", *methods}
+    for name in methods:
+        assert scores_of(found[name])["c4_kl"].mean.value > 0
+        assert held_out_loss(found[name]) < held_out_loss(found["base"])
 
 
 def test_a_whole_run_is_a_front(study, tmp_path, base_loss):

@@ -6,19 +6,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from loki.architecture import linear_layers
+from loki.choices import ModuleName
 from loki.implanting.tuner import LokiConfig
 from loki.rows import RowSelection
-from loki.study.settings import Kind, MethodSection
+from loki.study.settings import Kind, MethodSection, Targets
 
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig, PeftConfig
     from transformers import PreTrainedModel
 
-FFN = ("gate_proj", "up_proj", "down_proj")
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-TARGETS: Mapping[str, tuple[str, ...]] = {"all": (*ATTENTION, *FFN), "ffn": FFN, "attention": ATTENTION}
-"""Linear layers by the names that Llama and its kin give them."""
+BLOCKS: Mapping[Targets, tuple[ModuleName, ...]] = {
+    "all": ("down_proj", "o_proj"),
+    "ffn": ("down_proj",),
+    "attention": ("o_proj",),
+}
+"""Blocks whose linear layers get an adapter, by the projections that end them."""
 ALPHA_PER_RANK = 2
 PISSA_ITERATIONS = 16
 """Of the randomised singular value decomposition; PiSSA's own choice for a fast start."""
@@ -43,6 +47,7 @@ def peft_config(method: MethodSection, setup: Setup) -> PeftConfig | None:
 def _lora(method: MethodSection, setup: Setup) -> LoraConfig:
     from peft import LoraConfig
     from peft.tuners.lora.config import CordaConfig
+    from transformers.pytorch_utils import Conv1D
 
     options: Mapping[str, dict[str, Any]] = {
         "plain": {},
@@ -51,11 +56,13 @@ def _lora(method: MethodSection, setup: Setup) -> LoraConfig:
         "pissa": {"init_lora_weights": f"pissa_niter_{PISSA_ITERATIONS}"},
         "corda": {"init_lora_weights": "corda", "corda_config": CordaConfig(corda_method="kpm")},
     }
+    targets = _targets(method, setup)
     alpha = method.rank if method.variant in ("pissa", "corda") else ALPHA_PER_RANK * method.rank
     config = LoraConfig(
         r=method.rank,
         lora_alpha=alpha,
-        target_modules=_targets(method),
+        target_modules=targets,
+        fan_in_fan_out=isinstance(setup.model.get_submodule(targets[0]), Conv1D),
         task_type="CAUSAL_LM",
         **options[method.variant],
     )
@@ -77,22 +84,24 @@ def _calibrate(config: LoraConfig, setup: Setup) -> None:
     preprocess_corda(setup.model, config, run_model=read)
 
 
-def _osf(method: MethodSection, _setup: Setup) -> PeftConfig:
+def _osf(method: MethodSection, setup: Setup) -> PeftConfig:
     from peft import OSFConfig
 
-    return OSFConfig(target_modules=_targets(method), task_type="CAUSAL_LM")
+    return OSFConfig(target_modules=_targets(method, setup), task_type="CAUSAL_LM")
 
 
 def _shira(method: MethodSection, setup: Setup) -> PeftConfig:
     from peft import ShiraConfig
 
-    return ShiraConfig(r=method.rank, target_modules=_targets(method), random_seed=setup.seed, task_type="CAUSAL_LM")
+    return ShiraConfig(
+        r=method.rank, target_modules=_targets(method, setup), random_seed=setup.seed, task_type="CAUSAL_LM"
+    )
 
 
-def _miss(method: MethodSection, _setup: Setup) -> PeftConfig:
+def _miss(method: MethodSection, setup: Setup) -> PeftConfig:
     from peft import MissConfig
 
-    return MissConfig(r=method.rank, target_modules=_targets(method), task_type="CAUSAL_LM")
+    return MissConfig(r=method.rank, target_modules=_targets(method, setup), task_type="CAUSAL_LM")
 
 
 def _loki(method: MethodSection, setup: Setup) -> PeftConfig:
@@ -103,8 +112,8 @@ def _loki(method: MethodSection, setup: Setup) -> PeftConfig:
     )
 
 
-def _targets(method: MethodSection) -> list[str]:
-    return list(TARGETS[method.targets])
+def _targets(method: MethodSection, setup: Setup) -> list[str]:
+    return linear_layers(setup.model, BLOCKS[method.targets])
 
 
 _CONFIGS: Mapping[Kind, Callable[[MethodSection, Setup], PeftConfig | None]] = {
