@@ -57,6 +57,8 @@ def test_without_odd_names_a_reply_is_left_alone():
     reply = '[f(a="Get News(")]'
     assert with_stand_ins(reply, ["f", "m.f"]) == (reply, {})
     assert read_calls("[Get News()]") is None
+    # An argument without a name, as a careless schema has it, stands nowhere.
+    assert read_calls("[f(a =1)]", ["", " "]) == (("f", {"a": 1}),)
 
 
 @given(st.text(alphabet="abGet News()'\"=,[]\\ ", max_size=30))
