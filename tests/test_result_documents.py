@@ -61,7 +61,7 @@ def test_rows_of_some_methods(elsewhere):
     assert set(rows) < set(all_rows)
 
 
-@pytest.mark.parametrize("name", ["rivals", "rows", "reranking_long"])
+@pytest.mark.parametrize("name", ["rivals", "rivals_long", "rows", "reranking_long"])
 def test_figures_are_those_of_the_runs(name, tmp_path):
     """Whoever takes up a study from its runs in the repository gets its figures."""
     settings = load_study(ROOT / f"experiments/{name}.yaml", data_dir=tmp_path)
