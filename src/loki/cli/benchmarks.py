@@ -220,6 +220,7 @@ def _label(options: BenchmarkOptions) -> str:
 
 def _print(board: Scoreboard, label: str) -> None:
     compared = any(difference is not None for difference in board.differences)
+    judged = any(board.is_benchmark(scores) for scores in board.after)
     table = Table(
         title=f"{label} before and after" if compared else label,
         title_justify="left",
@@ -229,7 +230,11 @@ def _print(board: Scoreboard, label: str) -> None:
         pad_edge=False,
     )
     table.add_column("task", overflow="fold")
-    for column in ("chance", *(("before",) if compared else ()), "after" if compared else "score"):
+    for column in (
+        *(("chance",) if judged else ()),
+        *(("before",) if compared else ()),
+        "after" if compared else "score",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     if compared:
         table.add_column("change, 95 % interval", justify="right", no_wrap=True)
@@ -237,7 +242,7 @@ def _print(board: Scoreboard, label: str) -> None:
         chance = f"{after.chance or 0.0:.1f}" if board.is_benchmark(after) else ""
         if board.is_benchmark(after) and not (before or after).is_above_chance:
             chance = f"{chance} *"
-        cells = [after.task, chance]
+        cells = [after.task, *((chance,) if judged else ())]
         if compared:
             cells.append("" if before is None else str(before.mean))
         cells.append(str(after.mean))
