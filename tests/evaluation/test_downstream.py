@@ -148,8 +148,15 @@ def test_the_same_call_goes_on_where_it_stopped(model, tokenizer, files, replies
     with pytest.raises(KeyboardInterrupt):
         evaluate(folder=folder, track=stop)
     assert len(json.loads((folder / f"{task}.json").read_text())["scores"]) == 2
+    sizes_left = []
+
+    def track(items, what, *, sizes=None, unit=""):
+        sizes_left.append(sum(sizes))
+        return items
+
     with caplog.at_level(logging.INFO, logger="loki"):
-        assert evaluate(folder=folder) == evaluate()
+        assert evaluate(folder=folder, track=track) == evaluate()
+    assert sizes_left == [{"bfcl": 3, "scifact": 2}[task]]
     assert f"{task}: 2 of " in caplog.text
     for options, difference in (({"limit": 3}, "items"), ({"max_new_tokens": 5}, "items")):
         if task == "bfcl" or "limit" in options:

@@ -20,8 +20,7 @@ def is_odd(name: str) -> bool:
 
 def with_stand_ins(reply: str, names: Collection[str]) -> tuple[str, Mapping[str, str]]:
     """The reply with a stand-in for each of the odd `names`, and the names by their stand-ins."""
-    # The longest first: `Get News` is no part of `Get News by Topic`.
-    odd = sorted({name for name in names if name.strip() and is_odd(name)}, key=len, reverse=True)
+    odd = sorted({name for name in names if name.strip() and is_odd(name)})
     if not odd:
         return reply, {}
     stand_in_of = {name: f"{STAND_IN}{index}" for index, name in enumerate(odd)}

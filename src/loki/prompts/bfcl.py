@@ -120,8 +120,7 @@ def read_requests(path: str | Path) -> list[BfclRequest]:
     - ACEBench: it is one object from name to arguments, each with its only value. A number after the name of a
       repeated call (`_1`) is no part of it. `time`, the time that the request assumes, joins the system message;
     - ToolACE: conversations whose assistant turns have `tool_calls`. The first such turn is the answer to all
-      before it, and the row's own system text, which lists the functions in another form, is not taken. Names of
-      several words, which most of its functions have, cannot be read in a reply: for training only.
+      before it, and the row's own system text, which lists the functions in another form, is not taken.
 
     Raises:
         InputError: the file cannot be read, or a row has another form.
