@@ -25,6 +25,7 @@ from loki.prompts.function_calls import make_examples
 from loki.prompts.questions import load_probe
 from loki.prompts.render import encode_chat, render_chat, single_choice_prompt
 from loki.rows import RowSelection
+from loki.training.checkpoints import last_whole_checkpoint
 from loki.training.examples import load_examples
 from loki.training.settings import TrainSettings
 from loki.training.sft import load_record, train
@@ -156,7 +157,7 @@ def test_a_training_with_everything_on_is_killed_and_goes_on(tmp_path):
         return WarmProcess("-m", "loki", "train", "--output-dir", tmp_path / name, tmp_path / "train.yaml")
 
     with start("parts") as killed, start("whole") as uninterrupted:
-        while killed.poll() is None and not (tmp_path / "parts.unfinished/checkpoint-2/trainer_state.json").exists():
+        while killed.poll() is None and not last_whole_checkpoint(tmp_path / "parts.unfinished", remove_torn=False):
             time.sleep(0.05)
         killed.kill()
         assert killed.wait() == -signal.SIGKILL

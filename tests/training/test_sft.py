@@ -329,20 +329,30 @@ def test_tensorboard_has_losses_and_forgetting(tmp_path, tokenizer, selection):
     assert [step for step, _ in found["train/forgetting/kl"]] == [0, 2, 4, 6]
 
 
-def test_tensorboard_shows_each_step_once_after_an_interruption(tmp_path, tokenizer, selection):
-    """The fifth step is taken twice: before the interruption, and again from the checkpoint of the fourth."""
+@pytest.mark.parametrize("torn", [False, True])
+def test_tensorboard_shows_each_step_once_after_an_interruption(tmp_path, tokenizer, selection, torn):
+    """Steps after the checkpoint are taken twice; where both are torn, all are, and the start is measured again."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    settings = replace(SETTINGS, report_to="tensorboard", steps=8)
+    def start(**options):
+        budget = ForgettingBudget(["some text to watch"], every=2, probe_accuracy=False)
+        settings = replace(SETTINGS, report_to="tensorboard", steps=8)
+        train(make_model(), tokenizer, selection, EXAMPLES, settings, tmp_path / "adapter", budget=budget, **options)
+
+    def shown(folder, name):
+        return [event.step for event in EventAccumulator(str(folder / "tensorboard")).Reload().Scalars(f"train/{name}")]
+
     with pytest.raises(KeyboardInterrupt):
-        train(
-            make_model(), tokenizer, selection, EXAMPLES, settings, tmp_path / "adapter", track=partial(interrupt, at=6)
-        )
-    events = EventAccumulator(str(tmp_path / "adapter.unfinished/tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("train/loss")][-1] == 5
-    train(make_model(), tokenizer, selection, EXAMPLES, settings, tmp_path / "adapter")
-    events = EventAccumulator(str(tmp_path / "adapter/tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6, 7, 8]
+        start(track=partial(interrupt, at=6))
+    unfinished = tmp_path / "adapter.unfinished"
+    assert shown(unfinished, "loss") == [1, 2, 3, 4, 5]
+    states = list(unfinished.glob("checkpoint-*/trainer_state.json"))
+    assert states
+    for state in states if torn else []:
+        state.write_bytes(state.read_bytes()[:100])
+    start()
+    assert shown(tmp_path / "adapter", "loss") == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert shown(tmp_path / "adapter", "forgetting/kl") == [0, 2, 4, 6, 8]
 
 
 def test_tensorboard_that_is_missing_is_told_before_anything_starts(tmp_path, tokenizer, selection, monkeypatch):

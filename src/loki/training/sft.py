@@ -129,8 +129,10 @@ def train(
     if summary_writer is not None and args.process_index == 0:
         from transformers.integrations import TensorBoardCallback
 
-        # Steps after the checkpoint are written again; readers pass over what stands there already.
-        writer = summary_writer(log_dir=str(unfinished / TENSORBOARD_DIR), purge_step=num_done + 1)
+        # What comes after the checkpoint is written again, without one also the measurement before the first step;
+        # readers pass over what stands there already.
+        purge_step = 0 if stopped is None else num_done + 1
+        writer = summary_writer(log_dir=str(unfinished / TENSORBOARD_DIR), purge_step=purge_step)
         trainer.add_callback(TensorBoardCallback(writer))
         for reporting in (budget, preserve):
             if reporting is not None:
