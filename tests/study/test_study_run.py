@@ -12,11 +12,13 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import NUM_COLUMNS, NUM_LAYERS, NUM_ROWS, make_tokenizer
 
+from loki.architecture import shape_of
 from loki.errors import ArtefactError, InputError
 from loki.evaluation.completions import completion_losses
 from loki.log.reader import AttributionLog
 from loki.models import load_model, load_tokenizer
 from loki.study import conduct, tasks, training
+from loki.study.analyses import load_selections
 from loki.study.collect import collect
 from loki.study.conduct import Study
 from loki.study.costs import StepClock
@@ -362,6 +364,78 @@ def test_rows_of_attention_at_zero(study, tmp_path):
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
     losses = completion_losses(model, tokenizer, tasks.load_task(study.task, study.data_dir, tokenizer).held_out)
     assert tuple(losses) == scores_of(result)["held_out"].scores
+
+
+def both_blocks(study, name, **changes):
+    """The study with one method alone, whose rows are those of both blocks: some by attribution, others at random."""
+    elected = study.methods["elected"].rows.model_copy(update={"quota": 20})
+    drawn = study.methods["rows"].rows.model_copy(update={"site_module": "o_proj"})
+    method = study.methods[name].model_copy(update={"rows": elected, "more_rows": drawn, **changes})
+    return study.model_copy(update={"methods": {name: method}})
+
+
+@pytest.mark.parametrize(("rank", "by"), [(0, "rows"), (1, "layers")])
+def test_rows_of_both_blocks_are_trained(study, tmp_path, rank, by):
+    """And parts of their change are dialled, and the whole is what is scored."""
+    evaluate = study.evaluate.model_copy(update={"scales": (0.5,)})
+    both = both_blocks(study, "rows", rank=rank, dial=DialSection(by=by, examples=2, text_tokens=60))
+    work = Study(both.model_copy(update={"evaluate": evaluate}), tmp_path / "out", keep_adapters=True)
+    work.conduct()
+    assert not work.failed
+    (run,) = (run for run in work.results if run.phase == "whole")
+    figures = work.results[run].figures
+    # Four and two rows of each layer.
+    by_layer = 4 * NUM_COLUMNS + 2 * NUM_ROWS if rank == 0 else (4 + NUM_COLUMNS) + (2 + NUM_ROWS)
+    assert figures["num_trainable"] == NUM_LAYERS * by_layer
+    adapter = tmp_path / "out/adapters" / run.id
+    saved = load_file(adapter / "adapter_model.safetensors")
+    assert {name.split(".layers.")[1][2:].rsplit(".", 1)[0] for name in saved} == {"mlp.down_proj", "self_attn.o_proj"}
+    model = PeftModel.from_pretrained(load_model(study.model, dtype="float32"), str(adapter)).merge_and_unload()
+    tokenizer = load_tokenizer(study.model)
+    losses = completion_losses(model, tokenizer, tasks.load_task(study.task, study.data_dir, tokenizer).held_out)
+    assert scores_of(work.results[run])["held_out"].scores == pytest.approx(losses, rel=1e-5)
+    assert list(scaled_scores_of(work.results[run])) == [0.5]
+    assert work.results[run].settings["method"]["more_rows"]["site_module"] == "o_proj"
+    chosen = load_selections(both.methods["rows"], both, tmp_path / "out/analyses", shape_of(model), 0)
+    blocks = {"down_proj": "mlp", "o_proj": "self_attn"}
+    expected = {
+        f"model.layers.{layer}.{blocks[module]}.{module}": rows
+        for module, selection in chosen.items()
+        for layer, rows in enumerate(selection.as_lists())
+    }
+    assert json.loads((adapter / "adapter_config.json").read_text())["positions"] == expected
+
+
+def test_rows_of_both_blocks_at_zero(study, tmp_path):
+    """All of both, so that every block's output is nothing."""
+    everything = {
+        key: study.methods["rows"].rows.model_copy(update=change)
+        for key, change in {"rows": {"quota": 100}, "more_rows": {"quota": 100, "site_module": "o_proj"}}.items()
+    }
+    zeroed = study.methods["zeroed"].model_copy(update=everything)
+    result = done(study.model_copy(update={"methods": {"zeroed": zeroed}}), tmp_path, "zeroed", "suppress")
+    assert result.figures["num_suppressed_rows"] == 2 * NUM_LAYERS * NUM_ROWS
+    model, tokenizer = load_model(study.model, dtype="float32"), load_tokenizer(study.model)
+    model.model.layers = torch.nn.ModuleList()
+    model.config.num_hidden_layers = 0
+    losses = completion_losses(model, tokenizer, tasks.load_task(study.task, study.data_dir, tokenizer).held_out)
+    assert scores_of(result)["held_out"].scores == pytest.approx(losses, rel=1e-6)
+
+
+def test_random_rows_of_both_blocks_are_others(study, tmp_path):
+    quota = {"strategy": "random", "quota": 50}
+    rows = study.methods["rows"].rows.model_copy(update=quota)
+    more = rows.model_copy(update={"site_module": "o_proj"})
+    method = study.methods["rows"].model_copy(update={"rows": rows, "more_rows": more})
+    shape = shape_of(load_model(study.model, dtype="float32"))
+    chosen = [load_selections(method, study, tmp_path, shape, seed) for seed in (0, 1)]
+    alone = load_selections(study.methods["rows"].model_copy(update={"rows": rows}), study, tmp_path, shape, 0)
+    assert alone == {"down_proj": chosen[0]["down_proj"]}
+    assert len({selection.rows for by_module in chosen for selection in by_module.values()}) == 4
+
+
+def test_the_forecast_of_rows_of_both_blocks_needs_no_log(study, tmp_path):
+    assert forecast(Study(both_blocks(study, "elected"), tmp_path / "out")).seconds_per_step > 0
 
 
 @pytest.mark.parametrize("targets", ["all", "ffn", "attention"])

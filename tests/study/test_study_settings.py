@@ -8,6 +8,7 @@ from loki.errors import InputError
 from loki.study.settings import load_study, smoke
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+DRAWN = {"strategy": "random"}
 
 
 def method(**changes):
@@ -83,6 +84,38 @@ def method(**changes):
                 "methods": method(kind="loki", rows={"strategy": "random"}, damage={"log": "a"}),
             },
             "method 'm' has rows of down_proj, and the analysis 'a' is of o_proj",
+        ),
+        (
+            {"methods": method(kind="loki", rows=DRAWN, more_rows=DRAWN)},
+            "method 'm': more_rows are of another site_module than rows, and go with them",
+        ),
+        (
+            {"methods": method(kind="lora", rank=2, more_rows=DRAWN)},
+            "method 'm': more_rows are of another site_module than rows, and go with them",
+        ),
+        (
+            {"methods": method(kind="loki", rows=DRAWN, more_rows={"site_module": "o_proj"})},
+            "method 'm': rows need a log unless their strategy is random",
+        ),
+        (
+            {"methods": method(kind="loki", rows=DRAWN, more_rows={"log": "a", "site_module": "o_proj"})},
+            "method 'm' names the analysis 'a': there are none",
+        ),
+        (
+            {
+                "analyses": {"a": {"corpora": ["mmlu"]}},
+                "methods": method(kind="loki", rows=DRAWN, more_rows={"log": "a", "site_module": "o_proj"}),
+            },
+            "method 'm' has rows of o_proj, and the analysis 'a' is of down_proj: give both the same site_module",
+        ),
+        (
+            {
+                "analyses": {"a": {"corpora": ["c4"], "score": "damage"}},
+                "methods": method(
+                    kind="loki", rows=DRAWN, more_rows={**DRAWN, "site_module": "o_proj"}, damage={"log": "a"}
+                ),
+            },
+            "method 'm' takes no damage: its log is of one site_module, rows and more_rows of two",
         ),
     ],
 )

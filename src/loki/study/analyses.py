@@ -6,6 +6,7 @@ from pathlib import Path
 
 from loki.analysis.run import AnalysisOptions, analyse
 from loki.architecture import Shape
+from loki.choices import ModuleName
 from loki.errors import ArtefactError
 from loki.log.reader import AttributionLog
 from loki.models import load_model, load_tokenizer, model_label
@@ -14,7 +15,10 @@ from loki.rows import RowSelection
 from loki.selection.candidates import candidate_rows
 from loki.selection.strategies import Election, select_all
 from loki.study.corpora import load_corpora
-from loki.study.settings import RowsSection, StudySettings
+from loki.study.settings import MethodSection, RowsSection, StudySettings
+
+BETWEEN_SEEDS = 1000
+"""Between the seed of one projection's random rows and the next one's, so that no run draws the same rows for both."""
 
 
 def log_path(folder: Path, name: str) -> Path:
@@ -40,15 +44,22 @@ def make_log(settings: StudySettings, name: str, folder: Path, *, track: Track =
     )
 
 
-def load_selection(
-    rows: RowsSection | None, settings: StudySettings, folder: Path, shape: Shape, seed: int
-) -> RowSelection:
-    """Select rows from a log, or at random by `seed`.
+def load_selections(
+    method: MethodSection, settings: StudySettings, folder: Path, shape: Shape, seed: int
+) -> dict[ModuleName, RowSelection]:
+    """A method's rows by projection, selected from logs, or at random by `seed`, of each projection others.
 
     Raises:
-        ArtefactError: the log is not there.
+        ArtefactError: a log is not there.
     """
-    assert rows is not None
+    sections = method.rows_by_module
+    return {
+        module: _selection(rows, settings, folder, shape, seed + number * BETWEEN_SEEDS)
+        for number, (module, rows) in enumerate(sections.items())
+    }
+
+
+def _selection(rows: RowsSection, settings: StudySettings, folder: Path, shape: Shape, seed: int) -> RowSelection:
     candidates_LD = candidate_rows(shape.num_layers, shape.num_rows, layers=rows.layers)
     election = Election.of(rows.strategy, rows.quota, candidates_LD, seed=seed)
     if rows.log is None:

@@ -67,9 +67,10 @@ def _timed_step(study: Study) -> float:
     if first is None:
         return 0.0
     name, method = first
-    if method.rows is not None:
-        rows = method.rows.model_copy(update={"strategy": "random", "log": None})
-        method = method.model_copy(update={"rows": rows, "damage": None})
+    at_random = {"strategy": "random", "log": None}
+    sections = {"rows": method.rows, "more_rows": method.more_rows}
+    drawn = {key: rows and rows.model_copy(update=at_random) for key, rows in sections.items()}
+    method = method.model_copy(update={**drawn, "damage": None})
     short = {"train": settings.train.model_copy(update={"screen_steps": TIMED_STEPS}), "methods": {name: method}}
     place = Workplace(settings.model_copy(update=short), study.folder)
     result: Result = carry_out(place, Run(name, "screen", method.learning_rates[0]))

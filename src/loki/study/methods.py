@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loki.architecture import linear_layers
+from loki.architecture import linear_layers, projections
 from loki.choices import ModuleName
 from loki.implanting.tuner import LokiConfig
 from loki.rows import RowSelection
@@ -33,7 +33,8 @@ class Setup:
     """What a method may need besides its settings."""
 
     model: PreTrainedModel
-    rows: RowSelection | None
+    rows: Mapping[ModuleName, RowSelection]
+    """By projection."""
     calibration: Sequence[torch.Tensor]
     """Token ids (1, T) of the texts that knowledge-preserving initialisations read."""
     seed: int
@@ -105,11 +106,15 @@ def _miss(method: MethodSection, setup: Setup) -> PeftConfig:
 
 
 def _loki(method: MethodSection, setup: Setup) -> PeftConfig:
-    assert setup.rows is not None
-    assert method.rows is not None
-    return LokiConfig(
-        positions=setup.rows, target_modules=method.rows.site_module, r=method.rank, task_type="CAUSAL_LM"
-    )
+    if len(setup.rows) == 1:
+        ((module, rows),) = setup.rows.items()
+        return LokiConfig(positions=rows, target_modules=module, r=method.rank, task_type="CAUSAL_LM")
+    by_name = {
+        name: rows
+        for module, selection in setup.rows.items()
+        for name, rows in zip(projections(setup.model, module), selection.as_lists(), strict=True)
+    }
+    return LokiConfig(positions=by_name, r=method.rank, task_type="CAUSAL_LM")
 
 
 def _targets(method: MethodSection, setup: Setup) -> list[str]:

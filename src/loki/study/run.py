@@ -23,7 +23,7 @@ from loki.models import load_tokenizer, model_label
 from loki.progress import silent
 from loki.results import Result, finite
 from loki.rows import RowSelection
-from loki.study.analyses import load_selection
+from loki.study.analyses import load_selections
 from loki.study.finished import HELD_OUT
 from loki.study.identity import identity
 from loki.study.plan import Run
@@ -52,9 +52,9 @@ def carry_out(place: Workplace, run: Run) -> Result:
     method = settings.methods.get(run.method)
     figures: dict[str, Any] = {}
     part_of_change: Parts | None = None
-    if method is not None and method.rows is not None and run.phase == "suppress":
-        rows = load_selection(method.rows, settings, place.folder, shape_of(model), run.seed)
-        figures["num_suppressed_rows"] = _suppress(model, rows, method.rows.site_module)
+    if method is not None and run.phase == "suppress":
+        selections = load_selections(method, settings, place.folder, shape_of(model), run.seed)
+        figures["num_suppressed_rows"] = sum(_suppress(model, rows, module) for module, rows in selections.items())
     elif method is not None:
         trained = train_once(place, run, method, model, tokenizer, task)
         model, part_of_change, figures = trained.model, trained.parts, dict(trained.figures)

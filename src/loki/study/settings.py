@@ -162,6 +162,8 @@ class MethodSection(_Section):
     seeds: tuple[int, ...] = (0,)
     rows: RowsSection | None = None
     """Of LoKI, and of rows that are suppressed."""
+    more_rows: RowsSection | None = None
+    """Of another projection than `rows`, trained or suppressed with them."""
     rank: int = Field(default=0, ge=0)
     """Of LoRA, SHiRA, MiSS and LoKI*."""
     targets: Targets = "all"
@@ -180,8 +182,14 @@ class MethodSection(_Section):
     @property
     def logs(self) -> tuple[str, ...]:
         """Names of the analyses that the method reads."""
-        named = (self.rows.log if self.rows else None, self.damage.log if self.damage else None, self.calibration)
+        chosen_by = [rows.log for rows in self.rows_by_module.values()]
+        named = (*chosen_by, self.damage.log if self.damage else None, self.calibration)
         return tuple(dict.fromkeys(name for name in named if name is not None))
+
+    @property
+    def rows_by_module(self) -> Mapping[ModuleName, RowsSection]:
+        """Sections of rows by the projection that they are rows of."""
+        return {rows.site_module: rows for rows in (self.rows, self.more_rows) if rows is not None}
 
     def require_whole(self, name: str, analyses: Mapping[str, AnalysisSection]) -> None:
         """Raise InputError unless the method has all it needs and nothing that it has no use for."""
@@ -202,10 +210,16 @@ class MethodSection(_Section):
             raise InputError(
                 f"method {name!r} takes no preserve: its base is not the model with its adapter off, as LoKI's is"
             )
-        if self.rows is not None:
-            parse_quota(self.rows.quota)
-            if (self.rows.strategy == "random") != (self.rows.log is None):
+        if self.more_rows is not None and (self.rows is None or len(self.rows_by_module) == 1):
+            raise InputError(f"method {name!r}: more_rows are of another site_module than rows, and go with them")
+        for rows in self.rows_by_module.values():
+            parse_quota(rows.quota)
+            if (rows.strategy == "random") != (rows.log is None):
                 raise InputError(f"method {name!r}: rows need a log unless their strategy is random, which takes none")
+        if self.damage is not None and self.more_rows is not None:
+            raise InputError(
+                f"method {name!r} takes no damage: its log is of one site_module, rows and more_rows of two"
+            )
         if self.damage is not None and (self.kind != "loki" or self.rank):
             raise InputError(f"method {name!r} takes no damage: only LoKI without a rank does")
         if self.dial is not None:
@@ -217,10 +231,11 @@ class MethodSection(_Section):
                 raise InputError(
                     f"method {name!r} names the analysis {log!r}: there are {', '.join(analyses) or 'none'}"
                 )
-        if self.rows is not None:
-            for log in (log for log in self.logs if analyses[log].site_module != self.rows.site_module):
+        for module, rows in self.rows_by_module.items():
+            logs = (rows.log, self.damage.log if self.damage else None)
+            for log in (log for log in logs if log is not None and analyses[log].site_module != module):
                 raise InputError(
-                    f"method {name!r} has rows of {self.rows.site_module}, and the analysis {log!r} is of "
+                    f"method {name!r} has rows of {module}, and the analysis {log!r} is of "
                     f"{analyses[log].site_module}: give both the same site_module"
                 )
 

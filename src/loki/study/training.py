@@ -22,7 +22,7 @@ from loki.models import load_model
 from loki.prompts.encoding import encode_prompt
 from loki.provenance import new_directory
 from loki.results import finite
-from loki.study.analyses import load_selection, log_path
+from loki.study.analyses import load_selections, log_path
 from loki.study.corpora import load_corpora
 from loki.study.costs import StepClock, forget_peak_memory, peak_memory_mib
 from loki.study.dialled import dialled_parts
@@ -186,9 +186,7 @@ def _setup(
     place: Workplace, run: Run, method: MethodSection, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Setup:
     settings = place.settings
-    rows = None
-    if method.rows is not None:
-        rows = load_selection(method.rows, settings, place.folder, shape_of(model), run.seed)
+    rows = load_selections(method, settings, place.folder, shape_of(model), run.seed)
     calibration: list[torch.Tensor] = []
     if method.calibration is not None:
         prompts = load_corpora(settings.analyses[method.calibration], settings.data_dir)[:CALIBRATION_PROMPTS]
