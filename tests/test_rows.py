@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loki.errors import ArtefactError
-from loki.rows import RowSelection, load_meta, meta_path
+from loki.errors import ArtefactError, InputError
+from loki.rows import RowSelection, load_by_module, load_meta, meta_path, module_of
 
 row_lists = st.lists(st.lists(st.integers(0, 999), unique=True, max_size=8), min_size=1, max_size=5).filter(any)
 
@@ -125,3 +125,58 @@ def test_another_number_of_layers_does_not_fit():
 def test_the_first_row_beyond_the_model_does_not_fit():
     with pytest.raises(ArtefactError, match=r"layer 1 names row 8, but the model's rows are 0 to 7"):
         RowSelection.from_lists([[7], [8, 0]]).require_fit(num_layers=2, num_rows=8)
+
+
+def save(path, settings):
+    """Positions whose log had these settings; None is a file without provenance, `{}` of before there was a choice."""
+    meta = None if settings is None else {"log": {"settings": settings}}
+    RowSelection.from_lists([[0]]).save(path, meta=meta)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("settings", "given", "expected"),
+    [
+        (None, None, "down_proj"),
+        (None, "o_proj", "o_proj"),
+        ({}, None, "down_proj"),
+        ({"site_module": "o_proj"}, None, "o_proj"),
+        ({"site_module": "o_proj"}, "o_proj", "o_proj"),
+        ({"site_module": "down_proj"}, None, "down_proj"),
+    ],
+)
+def test_whose_rows_a_file_names(tmp_path, settings, given, expected):
+    assert module_of(save(tmp_path / "p.json", settings), given) == expected
+
+
+def test_provenance_without_a_log_says_nothing(tmp_path):
+    """Random rows have none."""
+    RowSelection.from_lists([[0]]).save(tmp_path / "p.json", meta={"strategy": "random"})
+    assert module_of(tmp_path / "p.json", "o_proj") == "o_proj"
+
+
+@pytest.mark.parametrize("settings", [{}, {"site_module": "down_proj"}])
+def test_rows_of_another_projection_are_refused(tmp_path, settings):
+    path = save(tmp_path / "p.json", settings)
+    with pytest.raises(InputError, match="names rows of down_proj, where o_proj's are wanted: give a file of those"):
+        module_of(path, "o_proj")
+
+
+@pytest.mark.parametrize("module", ["up_proj", ["o_proj"], None, 3])
+def test_provenance_of_an_unknown_projection(tmp_path, module):
+    with pytest.raises(ArtefactError, match="does not say whose rows they are: select again, or remove it"):
+        module_of(save(tmp_path / "p.json", {"site_module": module}))
+
+
+@pytest.mark.parametrize("log", [3, [], "damaged", {"settings": None}, {"settings": ["o_proj"]}])
+def test_damaged_provenance_of_a_projection(tmp_path, log):
+    RowSelection.from_lists([[0]]).save(tmp_path / "p.json", meta={"log": log})
+    with pytest.raises(ArtefactError, match="does not say whose rows they are"):
+        module_of(tmp_path / "p.json")
+
+
+def test_files_of_both_projections(tmp_path):
+    ffn, attention = save(tmp_path / "a.json", None), save(tmp_path / "b.json", {"site_module": "o_proj"})
+    assert list(load_by_module([attention, ffn])) == ["o_proj", "down_proj"]
+    with pytest.raises(InputError, match=r"b\.json names rows of o_proj, as another does: give one of them"):
+        load_by_module([ffn, attention], "o_proj")  # the file that does not say is of attention too, then

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
-from loki.errors import ArtefactError
+from loki.choices import ModuleName
+from loki.errors import ArtefactError, InputError
 from loki.provenance import read_json, require_writable_parent, write_json
 
 
@@ -128,6 +129,47 @@ def load_meta(path: str | Path) -> dict[str, Any] | None:
     if not isinstance(meta, dict):
         raise ArtefactError(f"positions provenance {sibling} must be a JSON object")
     return meta
+
+
+def module_of(path: str | Path, given: ModuleName | None = None) -> ModuleName:
+    """The projection whose rows a positions file names: as its provenance says, else `given`, else down_proj.
+
+    Raises:
+        InputError: `given` is not the one that its provenance says.
+        ArtefactError: provenance that names no projection.
+    """
+    meta = load_meta(path)
+    log = meta.get("log") if meta else None
+    if log is None:
+        return given or "down_proj"
+    settings = log.get("settings", {}) if isinstance(log, dict) else None
+    # Logs from before there was a choice do not say.
+    said: ModuleName | None = settings.get("site_module", "down_proj") if isinstance(settings, dict) else None
+    if said is None or said not in get_args(ModuleName):
+        raise ArtefactError(
+            f"positions provenance {meta_path(Path(path))} does not say whose rows they are: select again, or remove it"
+        )
+    if given not in (None, said):
+        raise InputError(
+            f"positions file {path} names rows of {said}, where {given}'s are wanted: give a file of those"
+        )
+    return said
+
+
+def load_by_module(paths: Sequence[str | Path], given: ModuleName | None = None) -> dict[ModuleName, RowSelection]:
+    """Positions files by the projection whose rows they name; `given` is that of files that do not say.
+
+    Raises:
+        InputError: two files of the same projection, or `given` is not that of a file which says.
+        ArtefactError: as `RowSelection.load` and `module_of`.
+    """
+    found: dict[ModuleName, RowSelection] = {}
+    for path in paths:
+        module = module_of(path, given)
+        if module in found:
+            raise InputError(f"positions file {path} names rows of {module}, as another does: give one of them")
+        found[module] = RowSelection.load(path)
+    return found
 
 
 def _is_list(value: Any) -> bool:

@@ -68,6 +68,31 @@ def test_suppress(loki, model_dir, positions, tmp_path):
     assert loki("suppress", *options[:4], "--output-dir", tmp_path / "down").code == 0
 
 
+def test_positions_say_whose_rows_they_are(loki, model_dir, positions, tmp_path):
+    positions.with_name("10.meta.json").write_text(json.dumps({"log": {"settings": {"site_module": "o_proj"}}}))
+    options = ("--model", model_dir, "--positions", positions, "--output-dir", tmp_path / "out")
+    refused = loki("suppress", *options, "--site-module", "down_proj")
+    assert refused.code == 2
+    assert "10.json names rows of o_proj, where down_proj's are wanted" in refused.err
+    done = loki("suppress", *options, "--json")
+    assert json.loads(done.out)["settings"]["site_module"] == "o_proj"
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    assert (tensors["model.layers.1.self_attn.o_proj.weight"] == 0).all(dim=1).nonzero().flatten().tolist() == [
+        0,
+        3,
+        19,
+    ]
+    assert not (tensors["model.layers.1.mlp.down_proj.weight"] == 0).all(dim=1).any()
+    create = ("--model-name", model_dir, "--target-pos-path", positions, "--save-dir", tmp_path / "m")
+    refused = loki("create-model", *create)
+    assert refused.code == 2
+    assert "10.json names rows of o_proj, where down_proj's are wanted" in refused.err
+    assert not (tmp_path / "m").exists()
+    back = ("uninstall", positions, "--model", tmp_path / "out", "--base", model_dir, "--output-dir", tmp_path / "back")
+    assert loki(*back).code == 0
+    assert (tmp_path / "back/model.safetensors").read_bytes() == (model_dir / "model.safetensors").read_bytes()
+
+
 def test_merge_tells_the_divergence(loki, positions, tmp_path):
     make_model().to(torch.bfloat16).save_pretrained(tmp_path / "base")
     make_tokenizer().save_pretrained(tmp_path / "base")

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -165,6 +166,88 @@ def test_what_is_wrong_is_one_line(loki, settings, tmp_path, changes, message):
     assert message in done.err.lower()
     assert done.err.count("\n") == 1
     assert not list(tmp_path.glob("adapter*"))
+
+
+@pytest.fixture
+def attention(loki, model_dir, tmp_path):
+    """Positions of attention's output, two in each layer, by an analysis of it."""
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o/t.jsonl").write_text(json.dumps({"id": "a", "text": "Water boils at 100 degrees."}))
+    options = ("--dataset", tmp_path / "o/t.jsonl", "--score", "damage", "--output", tmp_path / "o/o.h5")
+    assert loki("analyse", model_dir, *options, "--site-module", "o_proj").code == 0
+    assert loki("select-nodes", "--hdf5-path", tmp_path / "o/o.h5", "--output-dir", tmp_path / "o").code == 0
+    return tmp_path / "o/10.json"
+
+
+def changed_rows(folder, base):
+    """Rows of each weight that differ from the base's."""
+    before, after = (load_file(directory / "model.safetensors") for directory in (base, folder))
+    differing = {name: (before[name] != after[name]).flatten(1).any(1) for name in before if before[name].dim() == 2}
+    assert all(torch.equal(before[name], after[name]) for name in before.keys() - differing)
+    return {name: rows.nonzero().flatten().tolist() for name, rows in differing.items() if rows.any()}
+
+
+def of_layers(path, rows):
+    return {f"model.layers.{layer}.{path}.weight": sorted(chosen) for layer, chosen in enumerate(rows)}
+
+
+def test_rows_of_both_blocks_are_trained_and_merged_and_put_back(loki, settings, attention, model_dir, tmp_path):
+    """Each where its file says; by option or from a settings file, in either order."""
+    options = ("--positions", attention, "--positions", settings["positions"])
+    done = loki("train", write(tmp_path, settings), *options)
+    assert done.code == 0, done.err
+    assert "adapter: 264 weights trained" in done.err  # 6 rows of 24 columns, 6 of 20
+    assert record_of(tmp_path / "adapter")["quota_percent"] == "10"
+    listed = write(tmp_path, settings, positions=[settings["positions"], str(attention)])
+    assert loki("train", listed, "--output-dir", tmp_path / "listed").code == 0
+    merge = ("merge", "--model", model_dir, "--adapter")
+    assert loki(*merge, tmp_path / "adapter", "--output-dir", tmp_path / "merged").code == 0
+    chosen = [json.loads(Path(path).read_text()) for path in (settings["positions"], attention)]
+    expected = {**of_layers("mlp.down_proj", chosen[0]), **of_layers("self_attn.o_proj", chosen[1])}
+    assert changed_rows(tmp_path / "merged", model_dir) == expected
+    assert loki(*merge, tmp_path / "listed", "--output-dir", tmp_path / "same").code == 0
+    merged = [load_file(tmp_path / name / "model.safetensors") for name in ("merged", "same")]
+    for name, tensor in merged[0].items():
+        # The order of the optimiser's tensors is another: the gradients' norm, a sum, differs in its last bits.
+        torch.testing.assert_close(tensor, merged[1][name])
+    put_back = ("uninstall", tmp_path / "adapter", "--model", tmp_path / "merged", "--base", model_dir)
+    assert loki(*put_back, "--output-dir", tmp_path / "back").code == 0
+    assert changed_rows(tmp_path / "back", model_dir) == {}
+
+
+def test_rows_of_attention_alone_are_trained_where_they_are(loki, settings, attention, tmp_path):
+    """Its provenance says whose they are, or an option; they were taken for the down-projection's once."""
+    assert loki("train", write(tmp_path, settings), "--positions", attention).code == 0
+    names = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert len(names) >= 3
+    assert all(".self_attn.o_proj." in name for name in names)
+    attention.with_name("10.meta.json").unlink()
+    options = ("--positions", attention, "--site-module", "o_proj", "--output-dir", tmp_path / "told")
+    assert loki("train", write(tmp_path, settings), *options).code == 0
+    told = load_file(tmp_path / "told/adapter_model.safetensors")
+    assert told.keys() == names.keys()
+    assert all(torch.equal(told[name], names[name]) for name in names)
+
+
+def test_positions_that_contradict_are_refused(loki, settings, attention, tmp_path):
+    config = write(tmp_path, settings)
+
+    def refused(*options):
+        done = loki("train", config, *options)
+        assert done.code == 2
+        assert done.err.count("\n") == 1, done.err
+        assert not (tmp_path / "adapter").exists()
+        return done.err
+
+    error = refused("--positions", attention, "--site-module", "down_proj")
+    assert "10.json names rows of o_proj, where down_proj's are wanted: give a file of those" in error
+    error = refused("--positions", attention, "--positions", attention)
+    assert "10.json names rows of o_proj, as another does: give one of them" in error
+    assert "site-module" in refused("--site-module", "up_proj")
+    config = write(tmp_path, settings, positions=[])
+    assert "positions: value should have at least 1 item" in refused()
+    config = write(tmp_path, settings, positions=[3])
+    assert "positions.0: input is not a valid path for <class 'pathlib.path'>, got 3" in refused()
 
 
 def test_a_missing_option_is_named(loki):

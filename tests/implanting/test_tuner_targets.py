@@ -12,6 +12,10 @@ from tuned import POSITIONS, base_tensors, logits, loki_layers
 
 from loki import LokiConfig, RowSelection
 from loki.errors import ArchitectureError, ArtefactError, InputError
+from loki.implanting.tuner.targets import config_of_blocks
+
+OF_ATTENTION = {"log": {"settings": {"site_module": "o_proj"}}}
+"""Provenance of rows that an analysis of attention's output was the base of."""
 
 
 def wrap(model, positions, **options):
@@ -191,3 +195,45 @@ def test_positions_by_layer_need_a_known_family():
 def test_settings_that_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         LokiConfig(**{"positions": [[1]], **options})
+
+
+@pytest.mark.parametrize("names", [None, "o_proj", {"o_proj"}])
+def test_a_positions_file_says_whose_rows_it_names(tmp_path, model, positions, names):
+    RowSelection.from_lists(positions).save(tmp_path / "p.json", meta=OF_ATTENTION)
+    wrapped = wrap(model, tmp_path / "p.json", target_modules=names)
+    assert all(name.endswith(".self_attn.o_proj") for name in rows_by_layer(wrapped))
+
+
+def test_a_positions_file_of_another_projection_is_refused(tmp_path, positions):
+    RowSelection.from_lists(positions).save(tmp_path / "p.json", meta=OF_ATTENTION)
+    with pytest.raises(InputError, match="names rows of o_proj, where down_proj's are wanted"):
+        LokiConfig(positions=str(tmp_path / "p.json"), target_modules=["down_proj"])
+
+
+@pytest.mark.parametrize("family", sorted(FAMILY_MODELS))
+def test_rows_of_both_blocks_in_every_family(family):
+    """Each block's as if they were alone; layers without rows are left as they are."""
+    model = FAMILY_MODELS[family].build()
+    chosen = RowSelection.from_lists(POSITIONS)
+    reverse = RowSelection.from_lists(POSITIONS[::-1])
+    both = config_of_blocks(model, {"down_proj": chosen, "o_proj": reverse}, task_type="CAUSAL_LM")
+    expected = {
+        **rows_by_layer(wrap(FAMILY_MODELS[family].build(), chosen)),
+        **rows_by_layer(wrap(FAMILY_MODELS[family].build(), reverse, target_modules="o_proj")),
+    }
+    assert rows_by_layer(get_peft_model(model, both)) == expected
+    assert len(expected) == 4
+
+
+@pytest.mark.parametrize("module", ["down_proj", "o_proj"])
+def test_rows_of_one_block_are_kept_by_layer(model, positions, module):
+    config = config_of_blocks(model, {module: RowSelection.from_lists(positions)}, r=2)
+    assert config.positions == [sorted(rows) for rows in positions]
+    assert config.r == 2
+    assert all(name.endswith(f".{module}") for name in rows_by_layer(get_peft_model(model, config)))
+
+
+def test_rows_of_both_blocks_for_another_number_of_layers(model, positions):
+    short = RowSelection.from_lists(positions[:2])
+    with pytest.raises(ArtefactError, match="positions of o_proj have 2 layers, the model has 3"):
+        config_of_blocks(model, {"down_proj": RowSelection.from_lists(positions), "o_proj": short})

@@ -186,6 +186,15 @@ def test_positions_of_other_weights_are_a_warning_and_an_error_when_strict(log_p
         check_model(tmp_path / "25.json", other, strict=True)
 
 
+@pytest.mark.parametrize("log", [3, ["log"], {}, {"model": "llama"}])
+def test_damaged_provenance(tmp_path, model, log):
+    RowSelection.from_lists([[0], [1]]).save(tmp_path / "rows.json", meta={"log": log})
+    with pytest.raises(
+        ArtefactError, match=r"rows\.meta\.json does not say for which model: select again, or remove it"
+    ):
+        check_model(tmp_path / "rows.json", model, strict=False)
+
+
 def test_positions_without_provenance_are_not_checked(tmp_path, model):
     RowSelection.from_lists([[0], [1]]).save(tmp_path / "rows.json")
     check_model(tmp_path / "rows.json", model, strict=True)

@@ -23,7 +23,12 @@ def write(tmp_path):
 
 def test_a_file_is_enough(write):
     config = load_train_config(write(LEAST + "packing: true\nbudget: {max_kl: 0.1}\n"), {"model": None, "seed": None})
-    assert (config.model, config.positions, config.learning_rate, config.packing) == ("m", Path("p.json"), 1e-3, True)
+    assert (config.model, config.positions, config.learning_rate, config.packing) == (
+        "m",
+        (Path("p.json"),),
+        1e-3,
+        True,
+    )
     assert config.budget is not None
     assert (config.budget.text, config.budget.every, config.budget.action) == ("probe", 20, "stop")
 

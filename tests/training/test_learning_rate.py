@@ -17,10 +17,10 @@ def layers(*counts):
 @pytest.mark.parametrize("quota", ["0.5", "1", "2.5", "5", "7", "10", "12.5", "20", "30", "33", "50", "99", "100"])
 def test_the_quota_that_selected_the_rows_is_found(num_rows, quota):
     count = rows_for_quota(quota, num_rows)
-    assert rows_for_quota(selected_quota(layers(count, count, count), num_rows), num_rows) == count
+    assert rows_for_quota(selected_quota([layers(count, count, count)], num_rows), num_rows) == count
     # In smaller models a shorter number may select as many rows: 0.4 % of 576 are 2 as well as 0.5 %.
     if num_rows * float(quota) >= 1000:
-        assert selected_quota(layers(count, count), num_rows) == Fraction(quota)
+        assert selected_quota([layers(count, count)], num_rows) == Fraction(quota)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,13 @@ def test_the_quota_that_selected_the_rows_is_found(num_rows, quota):
     ],
 )
 def test_quotas_by_hand(counts, num_rows, quota):
-    assert selected_quota(layers(*counts), num_rows) == quota
+    assert selected_quota([layers(*counts)], num_rows) == quota
+
+
+def test_the_quota_of_two_projections():
+    """As many rows of each count as one selection of them; else all are counted together: 5 of 80."""
+    assert selected_quota([layers(57, 57), layers(57, 57)], 576) == 10
+    assert selected_quota([layers(2, 1), layers(0, 1)], 20) == 5
 
 
 def test_the_rule_by_hand():

@@ -16,8 +16,9 @@ def suppress(
     positions: Annotated[Path, typer.Option(help="Positions file: the rows to set to zero.")],
     output_dir: Annotated[Path, typer.Option(help="Folder for the checkpoint; it must not exist yet.")],
     site_module: Annotated[
-        ModuleName, typer.Option(help="Whose rows: the feed-forward block's or attention's.")
-    ] = "down_proj",
+        ModuleName | None,
+        typer.Option(help="Whose rows a positions file names whose provenance does not say so; down_proj if left out."),
+    ] = None,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -30,12 +31,12 @@ def suppress(
     from loki.cli.show import notes, print_json, track
     from loki.implanting.suppress import suppress as run_suppress
     from loki.results import Result
+    from loki.rows import module_of
 
-    report = run_suppress(
-        model, positions, output_dir, module=site_module, trust_remote_code=trust_remote_code, track=track
-    )
+    module = module_of(positions, site_module)
+    report = run_suppress(model, positions, output_dir, module=module, trust_remote_code=trust_remote_code, track=track)
     if as_json:
-        settings = {"model": model, "positions": str(positions), "site_module": site_module}
+        settings = {"model": model, "positions": str(positions), "site_module": module}
         print_json(Result("suppress", settings, asdict(report), model=model))
     notes.print(
         f"wrote {output_dir}: {report.num_suppressed_rows:,} rows set to zero, "

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from loki.choices import DtypeName
+from loki.choices import DtypeName, ModuleName
 from loki.training.settings import AnswersName, ReporterName
 
 
@@ -17,7 +17,19 @@ def train(
         typer.Argument(help="YAML of settings, named as the options with underscores; options come before it."),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Hugging Face model folder, Hub id, or `embedded`.")] = None,
-    positions: Annotated[Path | None, typer.Option(help="Positions file that `loki select-nodes` wrote.")] = None,
+    positions: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Positions file that `loki select-nodes` wrote, of the down-projections or of attention's output "
+            "projections; give both, one after the other, to train the rows of both."
+        ),
+    ] = None,
+    site_module: Annotated[
+        ModuleName | None,
+        typer.Option(
+            help="Whose rows a positions file names whose provenance does not say so; down_proj when left out."
+        ),
+    ] = None,
     output_dir: Annotated[Path | None, typer.Option(help="Folder for the adapter; it must not exist yet.")] = None,
     learning_rate: Annotated[
         float | None,
@@ -124,7 +136,7 @@ def train(
     Example: loki train --model embedded --positions 10.json --examples 600 --learning-rate 0.002 --steps 150
     --output-dir adapter
     """
-    options = dict(locals())
+    options = {**locals(), "positions": positions or None}
     del options["config"]
     _run(config, options)
 
@@ -133,7 +145,7 @@ def _run(path: Path | None, options: dict[str, object]) -> None:
     from loki.cli.show import notes, track
     from loki.models import launched_dtype, load_model, load_tokenizer
     from loki.provenance import require_new_directory
-    from loki.rows import RowSelection
+    from loki.rows import load_by_module
     from loki.selection.run import check_model
     from loki.training.config import load_train_config
     from loki.training.examples import load_examples
@@ -143,7 +155,7 @@ def _run(path: Path | None, options: dict[str, object]) -> None:
 
     config = load_train_config(path, options)
     settings = config.settings()
-    selection = RowSelection.load(config.positions)
+    selections = load_by_module(config.positions, config.site_module)
     rows = load_examples(config.data, count=config.examples, seed=config.seed)
     budget = config.budget.budget() if config.budget else None
     preserve = config.preserve.preserve() if config.preserve else None
@@ -162,9 +174,10 @@ def _run(path: Path | None, options: dict[str, object]) -> None:
         device=config.device or process_device(),
         trust_remote_code=config.trust_remote_code,
     )
-    check_model(config.positions, base, strict=config.strict)
+    for path in config.positions:
+        check_model(path, base, strict=config.strict)
     record = run_training(
-        *(base, tokenizer, selection, rows, settings, config.output_dir),
+        *(base, tokenizer, selections, rows, settings, config.output_dir),
         budget=budget,
         preserve=preserve,
         row_rates=row_rates,

@@ -40,7 +40,7 @@ from loki.implanting.stored_rows import StoredProjection, find_projections
 from loki.models import load_config, resolve_dtype
 from loki.progress import Track, silent
 from loki.provenance import new_directory, require_new_directory, write_json
-from loki.rows import RowSelection
+from loki.rows import RowSelection, module_of
 
 MODELING_FILE = "modeling_loki.py"
 
@@ -76,7 +76,7 @@ def create_loki_model(
     the base's config only; `model_type` must be the one that it names.
 
     Raises:
-        InputError: the base cannot be found, is of another type, or is a LoKI model already.
+        InputError: the base cannot be found, is of another type, or is a LoKI model already; positions of attention.
         ArchitectureError: a family that is not known, or a mixture of experts.
         ArtefactError: positions that do not fit the base, or a base with missing or damaged tensors.
         OutputError: `save_dir` cannot be written.
@@ -85,6 +85,7 @@ def create_loki_model(
         logger.info("loki_model_class and loki_config_cls have no effect: config.json of the model says what it is")
     directory = Path(save_dir)
     require_new_directory(directory)
+    module_of(target_pos_path, "down_proj")  # a LoKI model has no other rows apart
     positions = RowSelection.load(target_pos_path)
     source = open_checkpoint(find_folder(model_name))
     config = source.config()

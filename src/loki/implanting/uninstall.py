@@ -34,7 +34,7 @@ from loki.implanting.stored_rows import Replace, StoredProjection, find_projecti
 from loki.models import load_config
 from loki.progress import Track, silent
 from loki.provenance import new_directory, require_new_directory
-from loki.rows import RowSelection
+from loki.rows import RowSelection, module_of
 
 PRODUCT_ROUNDINGS = 8
 """Float32 roundings that A·B may be off by where it was summed in another order."""
@@ -126,12 +126,14 @@ def uninstall(
 ) -> UninstallReport:
     """Write `model` to `output` with the rows of an adapter as they are in `base`, in the model's dtype.
 
-    `source` is the adapter's folder, or a positions file: its rows of the layers' down-projections, or of `module`,
-    with their biases. Of an adapter, biases are put back where it changed them. Rows that are not the base's plus
-    the adapter's change go back too, with a warning; they are refused if `strict`.
+    `source` is the adapter's folder, or a positions file: its rows of the projections that its provenance says, else
+    of `module`, else of the down-projections, with their biases. Of an adapter, biases are put back where it changed
+    them. Rows that are not the base's plus the adapter's change go back too, with a warning; they are refused if
+    `strict`.
 
     Raises:
-        InputError: a model cannot be found, holds no safetensors, or `module` is given with an adapter.
+        InputError: a model cannot be found, holds no safetensors, or `module` is given with an adapter or with
+            positions of another.
         ArchitectureError: positions for a family that is not known.
         ArtefactError: not a LoKI adapter, or one that does not fit; positions, model and base that do not belong
             together; nothing is written then.
@@ -146,7 +148,7 @@ def uninstall(
             "give --base the model that it was made from"
         )
     if not source.is_dir():
-        modules = _parts_of_positions(source, installed, original, module or "down_proj")
+        modules = _parts_of_positions(source, installed, original, module_of(source, module))
     elif module is None:
         modules = _parts_of_adapter(source, installed, original, model, base)
     else:

@@ -15,7 +15,7 @@ from loki.choices import StrategyName
 from loki.errors import ArtefactError, InputError
 from loki.log.reader import AttributionLog
 from loki.provenance import compare_models, fingerprint_model
-from loki.rows import RowSelection, load_meta
+from loki.rows import RowSelection, load_meta, meta_path
 from loki.selection.candidates import candidate_rows
 from loki.selection.quota import format_quota, parse_quota
 from loki.selection.stability import Stability, require_ballot, stability
@@ -208,13 +208,19 @@ def check_model(positions_path: Path, model: nn.Module, *, strict: bool) -> None
     Other weights of the same architecture are worth a warning in the log.
 
     Raises:
-        ArtefactError: another architecture, or any difference when `strict`.
+        ArtefactError: another architecture, any difference when `strict`, or provenance that does not say which.
     """
     meta = load_meta(positions_path)
     header = meta.get("log") if meta else None
     if header is not None:
+        made_with = header.get("model") if isinstance(header, dict) else None
+        if not isinstance(made_with, dict):
+            raise ArtefactError(
+                f"positions provenance {meta_path(positions_path)} does not say for which model: "
+                "select again, or remove it"
+            )
         warning = compare_models(
-            header["model"], fingerprint_model(model), what=f"positions file {positions_path}", strict=strict
+            made_with, fingerprint_model(model), what=f"positions file {positions_path}", strict=strict
         )
         if warning:
             logger.warning(warning)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loki.architecture import linear_layers, projections
+from loki.architecture import linear_layers
 from loki.choices import ModuleName
-from loki.implanting.tuner import LokiConfig
+from loki.implanting.tuner.targets import config_of_blocks
 from loki.rows import RowSelection
 from loki.study.settings import Kind, MethodSection, Targets
 
@@ -106,15 +106,7 @@ def _miss(method: MethodSection, setup: Setup) -> PeftConfig:
 
 
 def _loki(method: MethodSection, setup: Setup) -> PeftConfig:
-    if len(setup.rows) == 1:
-        ((module, rows),) = setup.rows.items()
-        return LokiConfig(positions=rows, target_modules=module, r=method.rank, task_type="CAUSAL_LM")
-    by_name = {
-        name: rows
-        for module, selection in setup.rows.items()
-        for name, rows in zip(projections(setup.model, module), selection.as_lists(), strict=True)
-    }
-    return LokiConfig(positions=by_name, r=method.rank, task_type="CAUSAL_LM")
+    return config_of_blocks(setup.model, setup.rows, r=method.rank, task_type="CAUSAL_LM")
 
 
 def _targets(method: MethodSection, setup: Setup) -> list[str]:

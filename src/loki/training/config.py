@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from loki.choices import DtypeName
+from loki.choices import DtypeName, ModuleName
 from loki.errors import InputError
 from loki.training.settings import AnswersName, ReporterName, TrainSettings
 
@@ -79,7 +79,14 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str
-    positions: Path
+    positions: Annotated[
+        tuple[Path, ...],
+        BeforeValidator(lambda given: given if isinstance(given, list | tuple) else (given,)),
+        Field(min_length=1),
+    ]
+    """Positions files, one for each projection whose rows are trained."""
+    site_module: ModuleName | None = None
+    """Whose rows a file names that does not say so; None is the down-projection's."""
     output_dir: Path
     learning_rate: float
     steps: int | None = None

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loki.architecture import shape_of
+from loki.choices import ModuleName
 from loki.errors import ArtefactError, InputError
-from loki.implanting.tuner import LokiConfig
+from loki.implanting.tuner.targets import config_of_blocks
 from loki.progress import Track, silent
 from loki.provenance import (
     digest,
@@ -49,7 +50,7 @@ UNFINISHED, TENSORBOARD_DIR = ".unfinished", "tensorboard"
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    selection: RowSelection,
+    selection: RowSelection | Mapping[ModuleName, RowSelection],
     examples: Sequence[Mapping[str, Any]],
     settings: TrainSettings,
     output: Path,
@@ -60,6 +61,8 @@ def train(
     track: Track = silent,
 ) -> dict[str, Any]:
     """Train the selected rows of `model` on examples (see `loki.training.examples`) and save the adapter in `output`.
+
+    `selection` has rows of the down-projections, or is a mapping from each projection to its rows.
 
     Returns the record that is saved beside it: settings, model fingerprint, trainable weights, the learning rate that
     the quota leads to, and the log, one row of `step`, `loss` and `learning_rate` for every `log_every` steps; with a
@@ -87,8 +90,12 @@ def train(
         preserve.read_with(tokenizer)
         if settings.steps is not None:
             preserve.require_pass_within(settings.steps)
-    selection.require_fit(num_layers=shape.num_layers, num_rows=shape.num_rows)
-    quota = selected_quota(selection, shape.num_rows)
+    selections: Mapping[ModuleName, RowSelection] = (
+        {"down_proj": selection} if isinstance(selection, RowSelection) else selection
+    )
+    for module, rows in selections.items():
+        rows.require_fit(num_layers=shape.num_layers, num_rows=shape.num_rows, what=f"positions of {module}")
+    quota = selected_quota(selections.values(), shape.num_rows)
     peak = learning_rate_at(quota, settings.learning_rate) if settings.scale_learning_rate else settings.learning_rate
     encoded = encode_examples(tokenizer, examples, answers=settings.answers, max_length=settings.max_length)
     if settings.packing:
@@ -101,7 +108,7 @@ def train(
         row_rates.require_made_with(fingerprint)
     identity = {
         "model": fingerprint.as_dict(),
-        "positions": digest(selection.as_lists()),
+        "positions": digest({module: rows.as_lists() for module, rows in selections.items()}),
         "examples": digest([dict(example) for example in examples]),
         "settings": asdict(settings),
         **({} if budget is None else {"budget": budget.as_dict()}),
@@ -119,8 +126,8 @@ def train(
         tokenizer,
         encoded,
         args,
-        peft_config=LokiConfig(
-            positions=selection, r=settings.rank, lora_alpha=settings.lora_alpha, task_type="CAUSAL_LM"
+        peft_config=config_of_blocks(
+            model, selections, r=settings.rank, lora_alpha=settings.lora_alpha, task_type="CAUSAL_LM"
         ),
         callbacks=[callback for callback in (preserve, row_rates, budget, shown) if callback is not None],
     )

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from peft.config import PeftConfig
 
+from loki.choices import ModuleName
 from loki.errors import InputError
 from loki.implanting.tuner.peft_type import LOKI
-from loki.rows import RowSelection
+from loki.rows import RowSelection, module_of
 
 
 @dataclass
@@ -21,7 +22,8 @@ class LokiConfig(PeftConfig):
     Only the rows named in `positions` are trained, as a float32 change that starts at zero; everything else
     is frozen. `positions` may be given as
 
-    - the path of a positions file (JSON, one list of rows for each layer),
+    - the path of a positions file (JSON, one list of rows for each layer) that `loki select-nodes` wrote; its
+      provenance, where there is one, says whether they are rows of the down-projections or of `o_proj`,
     - a list of L lists, one for each layer, or a `RowSelection`: rows of the layers' down-projections, or with
       `target_modules="o_proj"` of their attention blocks' output projections,
     - a mapping from module name to rows, as in `{"lin0": [0, 3, 7]}`: rows of any linear layers.
@@ -30,7 +32,8 @@ class LokiConfig(PeftConfig):
 
     Raises:
         ArtefactError: positions that are not lists of distinct row indices.
-        InputError: positions of another type, or other values that are not possible.
+        InputError: positions of another type, a positions file of another projection than `target_modules`, or
+            other values that are not possible.
     """
 
     positions: Any = field(
@@ -69,6 +72,8 @@ class LokiConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = LOKI
+        if isinstance(self.positions, str | Path):
+            self._take_module(self.positions)
         self.positions = _plain(self.positions)
         if isinstance(self.target_modules, str):
             self.target_modules = {self.target_modules}
@@ -84,6 +89,13 @@ class LokiConfig(PeftConfig):
             raise InputError(f"lora_alpha {self.lora_alpha!r} is not possible: give a positive number")
         if self.bias not in ("none", "rows"):
             raise InputError(f"bias {self.bias!r} is not possible: give 'none' or 'rows'")
+
+    def _take_module(self, path: str | Path) -> None:
+        """The projection that a positions file names rows of, where it is not the down-projection."""
+        targets = {self.target_modules} if isinstance(self.target_modules, str) else set(self.target_modules or ())
+        given = next((module for module in get_args(ModuleName) if targets == {module}), None)
+        if module_of(path, given) == "o_proj" and not targets:
+            self.target_modules = {"o_proj"}
 
     @property
     def scaling(self) -> float:

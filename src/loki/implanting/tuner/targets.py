@@ -4,17 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
-from loki.architecture import Family, family_of, model_type_of, projections
+from loki.architecture import Family, family_of, model_type_of, projections, shape_of
 from loki.choices import ModuleName
 from loki.errors import InputError
 from loki.implanting.tuner.config import LokiConfig
 from loki.implanting.tuner.layer import rows_and_columns
 from loki.rows import RowSelection, named_for
+
+
+def config_of_blocks(model: nn.Module, selections: Mapping[ModuleName, RowSelection], **options: Any) -> LokiConfig:
+    """A configuration that trains rows by layer of one projection, or of several; `options` as LokiConfig has them.
+
+    Raises:
+        ArtefactError: rows for another number of layers.
+        ArchitectureError: a family that is not known, or without such a projection.
+    """
+    if len(selections) == 1:
+        ((module, rows),) = selections.items()
+        return LokiConfig(positions=rows, target_modules=None if module == "down_proj" else module, **options)
+    by_name: dict[str, list[int]] = {}
+    for module, rows in selections.items():
+        names = projections(model, module)
+        rows.require_fit(num_layers=len(names), num_rows=shape_of(model).num_rows, what=f"positions of {module}")
+        by_name |= {name: chosen for name, chosen in zip(names, rows.as_lists(), strict=True) if chosen}
+    return LokiConfig(positions=by_name, **options)
 
 
 def resolve_targets(config: LokiConfig, model: nn.Module) -> set[str]:
