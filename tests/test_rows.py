@@ -176,7 +176,12 @@ def test_damaged_provenance_of_a_projection(tmp_path, log):
 
 
 def test_files_of_both_projections(tmp_path):
-    ffn, attention = save(tmp_path / "a.json", None), save(tmp_path / "b.json", {"site_module": "o_proj"})
-    assert list(load_by_module([attention, ffn])) == ["o_proj", "down_proj"]
-    with pytest.raises(InputError, match=r"b\.json names rows of o_proj, as another does: give one of them"):
-        load_by_module([ffn, attention], "o_proj")  # the file that does not say is of attention too, then
+    ffn, attention = save(tmp_path / "a.json", {}), save(tmp_path / "b.json", {"site_module": "o_proj"})
+    silent = save(tmp_path / "c.json", None)
+    assert list(load_by_module([attention, silent])) == ["o_proj", "down_proj"]
+    assert list(load_by_module([ffn, silent], "o_proj")) == ["down_proj", "o_proj"]
+    for paths, module in (([ffn, silent], None), ([ffn, silent], "down_proj"), ([silent, silent], None)):
+        with pytest.raises(InputError, match=r"c\.json names rows of down_proj, as another does: give one of them"):
+            load_by_module(paths, module)
+    with pytest.raises(InputError, match=r"a\.json names rows of down_proj, where o_proj's are wanted"):
+        load_by_module([ffn], "o_proj")

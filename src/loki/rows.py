@@ -136,40 +136,51 @@ def module_of(path: str | Path, given: ModuleName | None = None) -> ModuleName:
 
     Raises:
         InputError: `given` is not the one that its provenance says.
-        ArtefactError: provenance that names no projection.
+        ArtefactError: damaged provenance.
     """
-    meta = load_meta(path)
-    log = meta.get("log") if meta else None
-    if log is None:
-        return given or "down_proj"
-    settings = log.get("settings", {}) if isinstance(log, dict) else None
-    # Logs from before there was a choice do not say.
-    said: ModuleName | None = settings.get("site_module", "down_proj") if isinstance(settings, dict) else None
-    if said is None or said not in get_args(ModuleName):
-        raise ArtefactError(
-            f"positions provenance {meta_path(Path(path))} does not say whose rows they are: select again, or remove it"
-        )
-    if given not in (None, said):
-        raise InputError(
-            f"positions file {path} names rows of {said}, where {given}'s are wanted: give a file of those"
-        )
-    return said
+    ((module, _),) = _by_module([path], given).items()
+    return module
 
 
 def load_by_module(paths: Sequence[str | Path], given: ModuleName | None = None) -> dict[ModuleName, RowSelection]:
-    """Positions files by the projection whose rows they name; `given` is that of files that do not say.
+    """Positions files by the projection whose rows they name; `given` is that of a file that does not say.
 
     Raises:
-        InputError: two files of the same projection, or `given` is not that of a file which says.
-        ArtefactError: as `RowSelection.load` and `module_of`.
+        InputError: two files of the same projection, or none of `given`.
+        ArtefactError: a file that `RowSelection.load` refuses, or damaged provenance.
     """
-    found: dict[ModuleName, RowSelection] = {}
+    return {module: RowSelection.load(path) for module, path in _by_module(paths, given).items()}
+
+
+def _by_module(paths: Sequence[str | Path], given: ModuleName | None) -> dict[ModuleName, str | Path]:
+    found: dict[ModuleName, str | Path] = {}
     for path in paths:
-        module = module_of(path, given)
+        module = _module_said(path) or given or "down_proj"
         if module in found:
             raise InputError(f"positions file {path} names rows of {module}, as another does: give one of them")
-        found[module] = RowSelection.load(path)
+        found[module] = path
+    if given is not None and given not in found:
+        module, path = next(iter(found.items()))
+        raise InputError(
+            f"positions file {path} names rows of {module}, where {given}'s are wanted: give a file of those"
+        )
     return found
+
+
+def _module_said(path: str | Path) -> ModuleName | None:
+    """What the provenance of positions says of whose they are; that of random rows says nothing."""
+    meta = load_meta(path)
+    log = meta.get("log") if meta else None
+    if log is None:
+        return None
+    settings = log.get("settings", {}) if isinstance(log, dict) else None
+    # Logs from before there was a choice do not say.
+    said: ModuleName | None = settings.get("site_module", "down_proj") if isinstance(settings, dict) else None
+    if said not in get_args(ModuleName):
+        raise ArtefactError(
+            f"positions provenance {meta_path(Path(path))} does not say whose rows they are: select again, or remove it"
+        )
+    return said
 
 
 def _is_list(value: Any) -> bool:
