@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loki.architecture import linear_layers
+from loki.architecture import linear_layers, projections
 from loki.choices import ModuleName
 from loki.implanting.tuner.targets import config_of_blocks
 from loki.rows import RowSelection
@@ -17,11 +17,8 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig
     from transformers import PreTrainedModel
 
-BLOCKS: Mapping[Targets, tuple[ModuleName, ...]] = {
-    "all": ("down_proj", "o_proj"),
-    "ffn": ("down_proj",),
-    "attention": ("o_proj",),
-}
+OUTPUTS: tuple[ModuleName, ...] = ("down_proj", "o_proj")
+BLOCKS: Mapping[Targets, tuple[ModuleName, ...]] = {"all": OUTPUTS, "ffn": ("down_proj",), "attention": ("o_proj",)}
 """Blocks whose linear layers get an adapter, by the projections that end them."""
 ALPHA_PER_RANK = 2
 PISSA_ITERATIONS = 16
@@ -110,6 +107,8 @@ def _loki(method: MethodSection, setup: Setup) -> PeftConfig:
 
 
 def _targets(method: MethodSection, setup: Setup) -> list[str]:
+    if method.targets == "outputs":
+        return [name for module in OUTPUTS for name in projections(setup.model, module)]
     return linear_layers(setup.model, BLOCKS[method.targets])
 
 

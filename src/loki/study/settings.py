@@ -16,7 +16,7 @@ from loki.training.config import first_mistake, read_settings
 
 Kind = Literal["full", "lora", "osf", "shira", "miss", "loki", "suppress"]
 TaskName = Literal["function-calling", "reranking"]
-Targets = Literal["all", "ffn", "attention"]
+Targets = Literal["all", "ffn", "attention", "outputs"]
 CorpusName = Literal["mmlu", "probe", "lambada", "wikitext2", "c4"]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
 """Part of a file's name."""
@@ -167,7 +167,7 @@ class MethodSection(_Section):
     rank: int = Field(default=0, ge=0)
     """Of LoRA, SHiRA, MiSS and LoKI*."""
     targets: Targets = "all"
-    """Linear layers with an adapter: of both blocks, or of one."""
+    """Linear layers with an adapter: of both blocks, of one, or those that end them, of which LoKI trains rows."""
     variant: Literal["plain", "rslora", "dora", "pissa", "corda"] = "plain"
     """Of LoRA."""
     calibration: str | None = None
