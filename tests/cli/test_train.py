@@ -247,7 +247,9 @@ def test_positions_that_contradict_are_refused(loki, settings, attention, tmp_pa
     config = write(tmp_path, settings, positions=[])
     assert "positions: value should have at least 1 item" in refused()
     config = write(tmp_path, settings, positions=[3])
-    assert "positions.0: input is not a valid path for <class 'pathlib.path'>, got 3" in refused()
+    error = refused()
+    assert "positions.0: input is not a valid path" in error
+    assert error.endswith(", got 3\n")
 
 
 def test_a_missing_option_is_named(loki):
